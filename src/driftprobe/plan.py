@@ -1,0 +1,184 @@
+"""Prompt, Mode, Arm, Plan: what is to be run, as pure data.
+
+A plan is a list of arms. An arm is one sequence on one fresh cache, fed in calls ("passes"); some positions of some
+passes are read. Modes are plans: `as_designed` runs the engine as it is, `kv_aligned` adds arm A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from driftprobe.errors import UsageError
+
+EXTENSIONS: tuple[int, ...] = (1, 7, 31)
+"""How many tokens longer the control prefills E1..Em are: one, an odd few, and past a 16- or 32-row kernel tile."""
+
+
+NOISE_ARMS = 2
+"""How many prefills with rounding noise, N1 and N2, an engine runs that can perturb itself."""
+
+
+class Mode(str, Enum):
+    """The two experiments (docs/how-it-decides.md)."""
+
+    AS_DESIGNED = "as_designed"
+    KV_ALIGNED = "kv_aligned"
+
+
+class Phase(str, Enum):
+    """How a token was computed. `DECODE` is written with its step: `decode0`, `decode1`…"""
+
+    PREFILL_LAST = "prefill_last"
+    PREFILL_EXT = "prefill_ext"
+    PREFILL_NOISE = "prefill_noise"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A named prompt as token ids, with the text they stand for where it is known."""
+
+    name: str
+    token_ids: tuple[int, ...]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One position to record in one pass: its arm, phase, step and absolute position."""
+
+    arm: str
+    phase: Phase
+    step: int
+    position: int
+
+    @property
+    def phase_name(self) -> str:
+        """The phase as a record carries it: `prefill_last`, `prefill_ext`, `decode0`…"""
+        return f"decode{self.step}" if self.phase is Phase.DECODE else self.phase.value
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One call of the engine: tokens [start, stop) go in after the rows that the cache already holds."""
+
+    start: int
+    stop: int
+    reads: tuple[Read, ...] = ()
+    aligned_to: int | None = None
+    """The step whose P rows replace this arm's cache rows [0, start) just before the call (arm A)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One sequence on one fresh cache."""
+
+    name: str
+    passes: tuple[Pass, ...]
+    keeps_rows_for: int | None = None
+    """The step under which the engine keeps this arm's K/V rows, to align another arm with."""
+    noise_seed: int | None = None
+    """Arm N: every op's result is perturbed by a rounding error, drawn from this seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that one trace file holds: one prompt, one mode, its arms in the order in which they run."""
+
+    mode: Mode
+    prompt: Prompt
+    steps: int
+    seed: int
+    arms: tuple[Arm, ...]
+    layers: tuple[int, ...] | None = None
+    """Layers to record; None is all."""
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """Every position that the plan asks for, in order."""
+        return tuple(read for arm in self.arms for call in arm.passes for read in call.reads)
+
+
+def make_plan(
+    mode: Mode,
+    prompt: Prompt,
+    *,
+    steps: int,
+    seed: int,
+    max_positions: int,
+    layers: tuple[int, ...] | None = None,
+    noise: bool = True,
+) -> Plan:
+    """Return the plan of one prompt in one mode; `noise` adds arms N for an engine that can perturb itself.
+
+    Raises UsageError where the prompt is empty, or it and its `steps` tokens do not fit in `max_positions`.
+    """
+    n = len(prompt.token_ids)
+    check_prompt(prompt, steps, max_positions)
+    prefills = [_prefill("P", n, step, keep=True) for step in range(steps)]
+    again = [_prefill("P'", n, step, keep=False) for step in range(steps)]
+    arms = [*prefills, _decode("D", n, steps), *again, _decode("D'", n, steps)]
+    arms += [_extension(m, n, steps) for m in EXTENSIONS if n + steps + m <= max_positions]
+    arms += [_noise(which, n, steps, seed) for which in range(1, NOISE_ARMS + 1) if noise]
+    if mode is Mode.KV_ALIGNED:
+        arms.append(_decode("A", n, steps, aligned=True))
+    return Plan(mode, prompt, steps, seed, tuple(arms), layers)
+
+
+def tokens_needed(plan: Plan) -> int:
+    """Return how many tokens of the sequence the plan's longest pass feeds."""
+    return max(call.stop for arm in plan.arms for call in arm.passes)
+
+
+def sequence(prompt: Prompt, continuation: Sequence[int], length: int) -> tuple[int, ...]:
+    """Return the whole token sequence: prompt, its continuation, then the prompt again to fill the extensions.
+
+    What stands behind the last step's token cannot matter to a causal model; it is filler for arms E.
+    """
+    known = [*prompt.token_ids, *continuation]
+    return tuple(known[i] if i < len(known) else known[(i - len(known)) % len(known)] for i in range(length))
+
+
+def check_prompt(prompt: Prompt, steps: int, max_positions: int) -> None:
+    """Raise UsageError where a prompt is empty or does not fit the model's positions."""
+    n = len(prompt.token_ids)
+    if n == 0:
+        raise UsageError(
+            "empty prompt", where=f"prompt {prompt.name}", measured="0 tokens", allowed="1 token or more",
+            next_step="give the prompt some text, or token ids, and run again",
+        )  # fmt: skip
+    if n + steps > max_positions:
+        raise UsageError(
+            "prompt too long for the model", where=f"prompt {prompt.name}",
+            measured=f"{n} tokens + {steps} decoded = {n + steps} positions",
+            allowed=f"{max_positions} positions (the model's own limit)",
+            next_step="shorten the prompt or lower --steps",
+        )  # fmt: skip
+
+
+def _prefill(name: str, n: int, step: int, *, keep: bool) -> Arm:
+    position = n + step
+    read = Read(name, Phase.PREFILL_LAST, step, position)
+    return Arm(name, (Pass(0, position + 1, (read,)),), keeps_rows_for=step if keep else None)
+
+
+def _decode(name: str, n: int, steps: int, *, aligned: bool = False) -> Arm:
+    calls = [Pass(0, n)]
+    for step in range(steps):
+        read = Read(name, Phase.DECODE, step, n + step)
+        calls.append(Pass(n + step, n + step + 1, (read,), aligned_to=step if aligned else None))
+    return Arm(name, tuple(calls))
+
+
+def _extension(m: int, n: int, steps: int) -> Arm:
+    name = f"E{m}"
+    reads = tuple(Read(name, Phase.PREFILL_EXT, step, n + step) for step in range(steps))
+    return Arm(name, (Pass(0, n + steps + m, reads),))
+
+
+def _noise(which: int, n: int, steps: int, seed: int) -> Arm:
+    name = f"N{which}"
+    reads = tuple(Read(name, Phase.PREFILL_NOISE, step, n + step) for step in range(steps))
+    return Arm(name, (Pass(0, n + steps, reads),), noise_seed=seed * 1000 + which)

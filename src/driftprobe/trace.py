@@ -1,0 +1,571 @@
+"""Header, Record, Event: the trace file, its writer and its reader. Specified in docs/trace-format.md.
+
+A trace is JSON Lines: one header, then records and events, then a footer with counts and a digest. Each line is
+flushed, so a killed process leaves a valid, incomplete trace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+from driftprobe.errors import OutputError, TraceError
+from driftprobe.fingerprint import DTYPES, SKETCH_BLOCK, SKETCH_SIZE
+from driftprobe.taps import BY_NAME, CACHE_TAPS, Scope
+
+SCHEMA = "driftprobe/trace/1"
+MAX_LINE = 64 * 1024 * 1024
+"""Bytes of the longest line that is read: a K row hash for each of 2 million positions fits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """What an engine declares of itself and of the model it runs."""
+
+    name: str
+    version: str = ""
+    model: str = ""
+    dtype: str = ""
+    """The dtype that the model computes in."""
+    casts: dict[str, str] = field(default_factory=dict)
+    """Coarser dtypes that the engine uses on the path, by the place that does it: `{"k_cache": "float16"}`."""
+    attention: str = ""
+    layers: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+    vocabulary: int = 0
+    max_positions: int = 0
+    device: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRead:
+    """One position that the plan asked an arm for."""
+
+    arm: str
+    phase: str
+    step: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """The first line: what was run, by whom, and what the plan asked for."""
+
+    schema: str = SCHEMA
+    run: str = ""
+    engine: EngineFacts = field(default_factory=lambda: EngineFacts(name="unknown"))
+    mode: str = "as_designed"
+    prompt: str
+    token_ids: tuple[int, ...] = ()
+    """The whole sequence that the arms were fed from: the prompt, its continuation, filler for arms E."""
+    prompt_len: int = 0
+    prompt_text: str = ""
+    steps: int = 1
+    seed: int = 0
+    date: str = ""
+    reads: tuple[PlannedRead, ...] = ()
+    taps: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Tap -> layers where the engine promises it (empty for taps outside the layers)."""
+    sketch_size: int = SKETCH_SIZE
+    payload: str = "none"
+    labels: dict[str, str] = field(default_factory=dict)
+    """For readers only: output path, a planted fault's name. Judgement never reads them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Top:
+    """The head of a logits row: enough for top-1 agreement and the margin without a payload."""
+
+    ids: tuple[int, ...]
+    values: tuple[float, ...]
+    logsumexp: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One tensor at one tap. Only prompt, phase, layer, tensor and hash are asked of a stranger's trace."""
+
+    prompt: str
+    phase: str
+    layer: int | None
+    tensor: str
+    hash: str
+    arm: str = ""
+    step: int = 0
+    token_id: int | None = None
+    logical_tok_idx: int | None = None
+    pos_id: int | None = None
+    dtype: str | None = None
+    shape: tuple[int, ...] | None = None
+    nz_count: int | None = None
+    abs_sum: float | None = None
+    min: float | None = None
+    max: float | None = None
+    mean: float | None = None
+    l2: float | None = None
+    nan_count: int | None = None
+    inf_count: int | None = None
+    sketch: tuple[float, ...] | None = None
+    rows: tuple[str, ...] | None = None
+    """K/V cache taps: one hash a row, in order of position."""
+    row_start: int = 0
+    """Absolute position of the first row."""
+    source: str = "captured"
+    """`captured`, or `recomputed` where a fused kernel hides the tensor and it was rebuilt from captured inputs."""
+    top: Top | None = None
+    payload: str | None = None
+    """`FILE#NAME`: a safetensors file below the trace's folder, and the tensor's name in it."""
+
+    @property
+    def key(self) -> tuple[str, str, int, int | None, str, int | None]:
+        """What makes a record unique in its file: arm, phase, step, layer, tensor, position."""
+        return (self.arm, self.phase, self.step, self.layer, self.tensor, self.logical_tok_idx)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that an arm did or checked, which no tensor shows (a cache row read back, say)."""
+
+    event: str
+    arm: str
+    step: int = 0
+    measured: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footer:
+    """The last line: counts, and SHA-256 of every byte before it."""
+
+    records: int
+    events: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One trace file, read."""
+
+    header: Header
+    records: tuple[Record, ...]
+    events: tuple[Event, ...] = ()
+    path: str = ""
+    """Name of the file, without its folder."""
+    damage: str = ""
+    """Empty, or why the trace is incomplete."""
+    foreign: bool = False
+    """True for a trace without a header: only what its records carry is known."""
+
+
+class TraceWriter:
+    """Write one trace; a context manager whose clean end writes the footer.
+
+    Each line passes the reader's checks before it is written, so that no trace is written that cannot be
+    read: JSON would turn a NaN statistic into null without a word. Raises TraceError for such a line, and
+    OutputError where the file cannot be written.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self.path = path
+        self._lines = 0
+        self._checks = _Checks(path.name)
+        first = self._checked("header", header)
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = path.open("wb")
+            self._write(first)
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._write(self._checked("footer", self._checks.footer()))
+        self._file.close()
+
+    def record(self, record: Record) -> None:
+        """Append a record and flush it."""
+        self._write(self._checked("record", record))
+
+    def event(self, event: Event) -> None:
+        """Append an event and flush it."""
+        self._write(self._checked("event", event))
+
+    def _checked(self, kind: str, item: Header | Record | Event | Footer) -> bytes:
+        line = encode_line(kind, item)
+        self._lines += 1
+        if len(line) > MAX_LINE:
+            raise too_long(self.path.name, self._lines).as_error()
+        for problem in self._checks.item(self._lines, line, item):
+            raise problem.as_error()
+        return line
+
+    def _write(self, line: bytes) -> None:
+        with _writing(self.path):
+            self._file.write(line)
+            self._file.flush()
+
+
+class _writing:
+    """Turn an OSError of a write into the five-part message."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if isinstance(error, OSError):
+            raise OutputError(
+                "cannot write the output", where=str(self.path), measured=error.strerror or str(error),
+                allowed="a writable place with room left",
+                next_step="free some space or choose another place with --out",
+            ) from error  # fmt: skip
+
+
+def encode_line(kind: str, item: Header | Record | Event | Footer) -> bytes:
+    """Return one JSON line; fields that are None are left out, except a layer of None."""
+    body: dict[str, Any] = {"type": kind}
+    for spec in fields(item):
+        value = getattr(item, spec.name)
+        if value is not None or spec.name == "layer":
+            body[spec.name] = value
+    return msgspec.json.encode(body) + b"\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with one line of a trace, and how to mend it."""
+
+    file: str
+    line: int
+    """0 where the file as a whole is meant."""
+    what: str
+    measured: str
+    allowed: str
+    mend: str
+
+    @property
+    def where(self) -> str:
+        """The place in words."""
+        return f"{self.file}, line {self.line}" if self.line else self.file
+
+    def as_error(self) -> TraceError:
+        """Return the problem as the error that stops a command."""
+        return TraceError(
+            self.what, where=self.where, measured=self.measured, allowed=self.allowed,
+            next_step=f"{self.mend}; `driftprobe validate` lists every line",
+        )  # fmt: skip
+
+
+Item = Header | Record | Event | Footer
+_KINDS: dict[str, type[Item]] = {"header": Header, "record": Record, "event": Event, "footer": Footer}
+
+
+@dataclass(slots=True)
+class Scan:
+    """A file read line by line: what was understood, what was not."""
+
+    items: list[tuple[int, Item]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    damage: str = ""
+
+    def trace(self, name: str) -> Trace | None:
+        """Return what was understood as a trace; None where no line is a header."""
+        header = next((item for _, item in self.items if isinstance(item, Header)), None)
+        if header is None:
+            return None
+        records = tuple(item for _, item in self.items if isinstance(item, Record))
+        events = tuple(item for _, item in self.items if isinstance(item, Event))
+        return Trace(header, records, events, name, self.damage)
+
+
+def scan(path: Path) -> Scan:
+    """Read a file line by line and check every MUST that one file can show. Never raises for its content."""
+    found, checks = Scan(), _Checks(path.name)
+    for number, raw in lines(path):
+        if raw is None:
+            found.problems.append(too_long(path.name, number))
+            return found
+        if not raw.endswith(b"\n") and checks.header is not None and not checks.footer_seen:
+            found.damage = f"last line (line {number}) is cut after {len(raw)} bytes"
+            break
+        item = checks.parse(number, raw)
+        if isinstance(item, Problem):
+            found.problems.append(item)
+            checks.unread = True
+            continue
+        found.problems += checks.item(number, raw, item)
+        found.items.append((number, item))
+    if not found.damage and checks.header is not None and not checks.footer_seen:
+        found.damage = f"no footer after line {found.items[-1][0]}: the writer did not finish"
+    if checks.header is None and not any(problem.line == 1 for problem in found.problems):
+        found.problems.insert(0, Problem(path.name, 1, "no header", "no line of type header",
+                                         "a header as the first line", "write the header first"))  # fmt: skip
+    return found
+
+
+def read_trace(path: Path) -> Trace:
+    """Return one trace of our own format; a trace that only lacks its end is returned with `damage` set.
+
+    Raises TraceError for anything else that breaks the format.
+    """
+    found = scan(path)
+    if found.problems:
+        raise found.problems[0].as_error()
+    trace = found.trace(path.name)
+    assert trace is not None, "a scan without problems has a header"
+    return trace
+
+
+def lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """Yield each line with its number; None in place of one that is longer than MAX_LINE, and then no more."""
+    with path.open("rb") as file:
+        number = 0
+        while raw := file.readline(MAX_LINE + 1):
+            number += 1
+            yield number, (None if len(raw) > MAX_LINE else raw)
+            if len(raw) > MAX_LINE:
+                return
+
+
+def too_long(name: str, number: int) -> Problem:
+    """Return the problem of a line that is longer than MAX_LINE."""
+    return Problem(name, number, "line too long", f"over {MAX_LINE} bytes", f"{MAX_LINE} bytes a line",
+                   "write one record a line")  # fmt: skip
+
+
+def json_object(raw: bytes) -> dict[str, Any]:
+    """Return the JSON object of a line. Raises ValueError, in a reader's words, for anything else or less."""
+    try:
+        text = raw.decode("utf-8")
+        body = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at character {error.pos + 1}") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(body, dict):
+        raise ValueError(f"{type(body).__name__}, not an object")
+    if b"\\ud" in raw.lower():
+        json.dumps(body, ensure_ascii=False).encode()  # a lone surrogate, which no report could print, raises here
+    return body
+
+
+class _Checks:
+    """The MUSTs of one file, checked as its lines go by."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.header: Header | None = None
+        self.footer_seen = self.unread = False
+        self._keys: dict[object, int] = {}
+        self._counts = {Record: 0, Event: 0}
+        self._digest = hashlib.sha256()
+
+    def problem(self, line: int, what: str, measured: str, allowed: str, mend: str) -> Problem:
+        return Problem(self.name, line, what, measured[:200], allowed, mend)
+
+    def parse(self, number: int, raw: bytes) -> Item | Problem:
+        try:
+            body = json_object(raw)
+        except ValueError as error:
+            return self.problem(number, "invalid JSON", str(error), "one JSON object a line (RFC 8259)",
+                                "mend or remove the line")  # fmt: skip
+        kind = body.get("type")
+        if not isinstance(kind, str) or kind not in _KINDS:
+            return self.problem(number, "unknown line type", repr(kind), ", ".join(_KINDS), "correct the type field")
+        if kind == "header" and body.get("schema") != SCHEMA:
+            return self.problem(number, "unknown schema version", repr(body.get("schema")), SCHEMA,
+                                "read it with the driftprobe version that wrote it, or write this schema")  # fmt: skip
+        try:
+            return msgspec.convert(body, _KINDS[kind])
+        except msgspec.ValidationError as error:
+            return self.problem(number, f"{kind} does not fit the schema", str(error),
+                                "the fields and types of docs/trace-format.md", "correct the field named")  # fmt: skip
+
+    def item(self, number: int, raw: bytes, item: Item) -> list[Problem]:
+        """Check an understood line against the lines before it, and take it in."""
+        if self.footer_seen:
+            return [self.problem(number, "line after the footer", "one more line", "the footer is the last line",
+                                 "write the footer when all records are out")]  # fmt: skip
+        found: list[Problem] = []
+        if isinstance(item, Header):
+            if number != 1:
+                found.append(self.problem(number, "header out of place", f"line {number}", "line 1", "write it first"))
+            self.header = self.header or item
+            found += [self.problem(number, *parts) for parts in _header_faults(item)]
+        elif isinstance(item, Footer):
+            found += self._footer(number, item)
+        else:
+            self._counts[type(item)] += 1
+            found += self._record(number, item) if isinstance(item, Record) else []
+        self._digest.update(raw)
+        return found
+
+    def footer(self) -> Footer:
+        """Return the footer that fits the lines taken in so far."""
+        records, events = self._counts[Record], self._counts[Event]
+        return Footer(records=records, events=events, sha256=self._digest.hexdigest())
+
+    def _footer(self, number: int, item: Footer) -> list[Problem]:
+        self.footer_seen = True
+        measured, stated = asdict(self.footer()), asdict(item)
+        if measured == stated or self.unread:  # a line that was not understood has been told, and is not counted
+            return []
+        wrong = ", ".join(f"{n} {m}, footer says {stated[n]}" for n, m in measured.items() if m != stated[n])
+        return [self.problem(number, "footer disagrees with the lines before it", wrong, "equal counts and digest",
+                             "write the trace again; a line was lost, added or changed")]  # fmt: skip
+
+    def _record(self, number: int, record: Record) -> list[Problem]:
+        found = []
+        key = (record.prompt, *record.key)
+        first = self._keys.setdefault(key, number)
+        if first != number:
+            found.append(self.problem(number, "duplicated key", f"{key}, first on line {first}",
+                                      "one record for arm, phase, step, layer, tensor and position",
+                                      "remove one of the two, or give them different keys"))  # fmt: skip
+        if self.header and record.prompt != self.header.prompt:
+            found.append(self.problem(number, "record of another prompt", repr(record.prompt), repr(self.header.prompt),
+                                      "write one file for each prompt"))  # fmt: skip
+        size = self.header.sketch_size if self.header else None
+        return found + [self.problem(number, *parts) for parts in record_faults(record, size)]
+
+
+def record_faults(record: Record, sketch_size: int | None = None) -> list[tuple[str, str, str, str]]:
+    """Return what a record says that cannot all be true, as (what, measured, allowed, mend)."""
+    found = _place_faults(record)
+    if record.dtype is not None and record.dtype not in DTYPES:
+        found.append(("unknown dtype", record.dtype, ", ".join(DTYPES), "use one of the format's names"))
+    found += _shape_faults(record, sketch_size) + statistic_faults(record)
+    if record.payload is not None and not _safe_reference(record.payload):
+        found.append(("payload leaves the trace's folder", record.payload, "FILE#NAME, FILE below the trace's folder",
+                      "write a relative path without `..`"))  # fmt: skip
+    return found
+
+
+def name_fault(field_name: str, value: str) -> tuple[str, str, str, str] | None:
+    """Return what is wrong with the name of a prompt or mode: both become parts of file names and of reports."""
+    if value and value.isprintable() and not set(value) & set("/\\") and value not in (".", ".."):
+        return None
+    return (f"{field_name} cannot name a file", ascii(value), "printable characters, no slash, not empty",
+            f"choose another {field_name}")  # fmt: skip
+
+
+def _header_faults(header: Header) -> list[tuple[str, str, str, str]]:
+    faults = [name_fault("prompt", header.prompt), name_fault("mode", header.mode)]
+    if not 1 <= header.sketch_size <= SKETCH_BLOCK:
+        faults.append(("impossible sketch size", str(header.sketch_size), f"1 to {SKETCH_BLOCK}",
+                       f"write {SKETCH_SIZE}; leave `sketch` out of the records where there is none"))  # fmt: skip
+    return [fault for fault in faults if fault is not None]
+
+
+_DECODE = re.compile("decode([0-9]{1,9})")
+
+
+def _place_faults(record: Record) -> list[tuple[str, str, str, str]]:
+    found = []
+    empty = [name for name in ("arm", "phase", "tensor", "hash") if not getattr(record, name)]
+    if empty:
+        found.append(("empty name", ", ".join(empty), "one character or more", "name it"))
+    tap = BY_NAME.get(record.tensor)
+    inside = record.layer is not None
+    if tap is not None and inside != (tap.scope is Scope.LAYER):
+        found.append((f"{record.tensor} in the wrong place", f"layer {record.layer}",
+                      "null" if inside else "the number of its layer", "correct the layer"))  # fmt: skip
+    decode = _DECODE.fullmatch(record.phase)
+    if decode and int(decode[1]) != record.step:
+        found.append(("phase disagrees with the step", f"{record.phase}, step {record.step}", "decodeK at step K",
+                      "count both from 0"))  # fmt: skip
+    return found
+
+
+def _shape_faults(record: Record, sketch_size: int | None) -> list[tuple[str, str, str, str]]:
+    found = []
+    shape = record.shape
+    if shape is not None:
+        elements = 1
+        for n in shape:
+            elements *= n
+        counted = (record.nz_count or 0) + (record.nan_count or 0) + (record.inf_count or 0)
+        if any(n < 0 for n in shape) or counted > elements:
+            found.append(("shape disagrees with the counts", f"shape {list(shape)}, {counted} elements counted",
+                          "at most the product of the shape", "write the tensor's true shape"))  # fmt: skip
+        if record.rows is not None and (not shape or len(record.rows) != shape[0]):
+            found.append(("shape disagrees with the rows", f"shape {list(shape)}, {len(record.rows)} row hashes",
+                          "one hash for each row of the first axis", "hash every row once"))  # fmt: skip
+    if record.rows is not None and record.tensor not in CACHE_TAPS:
+        found.append(("row hashes on a tap without rows", record.tensor, ", ".join(sorted(CACHE_TAPS)),
+                      "leave `rows` out"))  # fmt: skip
+    if record.sketch is not None and sketch_size is not None and len(record.sketch) != sketch_size:
+        found.append(("sketch of the wrong size", f"{len(record.sketch)} sums", f"{sketch_size}, as the header says",
+                      "write header.sketch_size sums"))  # fmt: skip
+    return found
+
+
+_MOMENTS = ("abs_sum", "min", "max", "mean", "l2")
+_COUNTS = ("step", "layer", "logical_tok_idx", "nz_count", "abs_sum", "l2", "nan_count", "inf_count", "row_start")
+"""Fields that are never negative."""
+
+
+def statistic_faults(record: Record) -> list[tuple[str, str, str, str]]:
+    """Return the statistics of a record that no tensor can have, as (what, measured, allowed, mend)."""
+    found = []
+    numbers = [v for name in _MOMENTS if (v := getattr(record, name)) is not None]
+    if not all(map(math.isfinite, [*numbers, *(record.sketch or ())])):
+        found.append(("NaN or infinity in a statistic", f"{_MOMENTS} {numbers}, or the sketch", "finite numbers",
+                      "run it over the finite elements, and count the others"))  # fmt: skip
+    negative = [name for name in _COUNTS if (getattr(record, name) or 0) < 0]
+    if negative:
+        found.append(("negative statistic", ", ".join(f"{n} {getattr(record, n)}" for n in negative), "0 or more",
+                      "compute it as docs/trace-format.md says"))  # fmt: skip
+    if record.min is not None and record.max is not None and record.min > record.max:
+        found.append(
+            ("min above max", f"{record.min} > {record.max}", "min ≤ max", "compute both over finite elements")
+        )
+    if record.top is not None and len(record.top.ids) != len(record.top.values):
+        found.append(("top of two lengths", f"{len(record.top.ids)} ids, {len(record.top.values)} values",
+                      "one value for each id", "write both from one sorted list"))  # fmt: skip
+    return found
+
+
+def _safe_reference(reference: str) -> bool:
+    file, mark, name = reference.partition("#")
+    parts = file.replace("\\", "/").split("/")
+    return bool(mark and name and file) and file.isprintable() and parts[0] not in ("", "~") and not (
+        ".." in parts or ":" in file
+    )  # fmt: skip
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    body = dict(pairs)
+    if len(body) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"duplicated key {next(n for n in names if names.count(n) > 1)!r} in one object")
+    return body
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number in JSON; a statistic is finite (count NaN and infinity instead)")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if abs(value) < float("inf") else _no_constant(text)
+
+
+def read_header(path: Path) -> Header | None:
+    """Return the header of a trace of our own, or None where the first line is none."""
+    first = next(iter(lines(path)), (1, None))[1]
+    if first is None:
+        return None
+    item = _Checks(path.name).parse(1, first)
+    return item if isinstance(item, Header) else None
