@@ -1,0 +1,140 @@
+"""run(plan, engine) -> trace: fingerprints what the engine hands out and writes it down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from driftprobe.engines.base import Engine, Tapped
+from driftprobe.fingerprint import Array, fingerprint, row_hashes, to_float64
+from driftprobe.payload import FOLDER, write_payloads
+from driftprobe.plan import Plan, sequence, tokens_needed
+from driftprobe.taps import CACHE_TAPS
+from driftprobe.trace import Event, Header, PlannedRead, Record, Top, TraceWriter
+
+PAYLOAD_ARMS = frozenset({"P", "D", "A"})
+"""The arms whose tensors are kept whole; controls are judged by their sketches."""
+TOP = 16
+"""How many of the largest logits a record carries."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureOptions:
+    """What a capture is told beside its plan."""
+
+    run: str = ""
+    date: str = ""
+    payload: str = "failing"
+    """`none`, `failing` (all are written; the caller prunes them after judgement) or `all`."""
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+def trace_name(plan: Plan) -> str:
+    """Return the trace's file name without its ending: `<prompt>_<mode>`."""
+    return f"{plan.prompt.name}_{plan.mode.value}"
+
+
+def capture(plan: Plan, engine: Engine, folder: Path, options: CaptureOptions, progress: Progress) -> Path:
+    """Run every arm of a plan and write its trace into a folder; returns the trace's path.
+
+    `progress` is called with a line after each arm. Raises OutputError where the folder cannot be written.
+    """
+    continuation = engine.greedy(plan.prompt.token_ids, plan.steps)
+    tokens = sequence(plan.prompt, continuation, tokens_needed(plan))
+    header = _header(plan, engine, tokens, options)
+    layers = frozenset(layer for where in header.taps.values() for layer in where)
+    path = folder / f"{trace_name(plan)}.jsonl"
+    with TraceWriter(path, header) as writer:
+        kept: dict[str, dict[str, Array]] = {}
+        for arm in plan.arms:
+            for item in engine.run(arm, tokens, layers):
+                if isinstance(item, Event):
+                    writer.event(item)
+                elif _wanted(item, header):
+                    writer.record(_record(item, plan, tokens, header, kept))
+            progress(f"{arm.name} {'+'.join(str(c.stop - c.start) for c in arm.passes)} tokens")
+        for arm_name, arrays in kept.items():
+            write_payloads(folder / _payload_file(plan, arm_name), arrays)
+    return path
+
+
+def _wanted(item: Tapped, header: Header) -> bool:
+    where = header.taps.get(item.tensor)
+    return where is not None and (item.layer is None or item.layer in where)
+
+
+def _header(plan: Plan, engine: Engine, tokens: tuple[int, ...], options: CaptureOptions) -> Header:
+    chosen = None if plan.layers is None else set(plan.layers)
+    taps = {
+        name: tuple(layer for layer in where if chosen is None or layer in chosen)
+        for name, where in engine.taps.items()
+    }
+    return Header(
+        run=options.run,
+        engine=engine.facts,
+        mode=plan.mode.value,
+        prompt=plan.prompt.name,
+        token_ids=tokens,
+        prompt_len=len(plan.prompt.token_ids),
+        prompt_text=plan.prompt.text,
+        steps=plan.steps,
+        seed=plan.seed,
+        date=options.date,
+        reads=tuple(
+            PlannedRead(arm=read.arm, phase=read.phase_name, step=read.step, position=read.position)
+            for read in plan.reads
+        ),
+        taps={name: where for name, where in taps.items() if where or not engine.taps[name]},
+        payload=options.payload,
+        labels=options.labels,
+    )
+
+
+def _record(
+    item: Tapped, plan: Plan, tokens: tuple[int, ...], header: Header, kept: dict[str, dict[str, Array]]
+) -> Record:
+    read = item.read
+    reference = None
+    if header.payload != "none" and read.arm in PAYLOAD_ARMS:
+        name = f"{read.phase_name}.{read.step}.{'model' if item.layer is None else item.layer}.{item.tensor}"
+        kept.setdefault(read.arm, {})[name] = item.array
+        reference = f"{_payload_file(plan, read.arm)}#{name}"
+    return Record(
+        prompt=plan.prompt.name,
+        phase=read.phase_name,
+        layer=item.layer,
+        tensor=item.tensor,
+        arm=read.arm,
+        step=read.step,
+        token_id=tokens[read.position],
+        logical_tok_idx=read.position,
+        pos_id=item.pos_id,
+        **asdict(fingerprint(item.array, header.sketch_size)),
+        rows=row_hashes(item.array) if item.tensor in CACHE_TAPS else None,
+        row_start=item.row_start,
+        source=item.source,
+        top=_top(item.array) if item.tensor == "logits" else None,
+        payload=reference,
+    )
+
+
+def _payload_file(plan: Plan, arm: str) -> str:
+    return f"{FOLDER}/{trace_name(plan)}.{arm}.safetensors"
+
+
+def _top(logits: Array) -> Top | None:
+    values = to_float64(logits).reshape(-1)
+    if not np.isfinite(values).all():
+        return None
+    order = np.lexsort((np.arange(values.size), -values))[:TOP]
+    peak = values.max()
+    return Top(
+        ids=tuple(int(i) for i in order),
+        values=tuple(float(v) for v in values[order]),
+        logsumexp=float(peak + np.log(np.exp(values - peak).sum())),
+    )

@@ -1,0 +1,64 @@
+"""What an engine is: something that feeds tokens in passes and hands out the tensors at its taps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from driftprobe.fingerprint import Array
+from driftprobe.plan import Arm, Read
+from driftprobe.trace import EngineFacts, Event
+
+
+@dataclass(frozen=True, slots=True)
+class Tapped:
+    """One tensor of one read, in the format's axes order (`taps.Tap.axes`), on the host."""
+
+    read: Read
+    layer: int | None
+    tensor: str
+    array: Array
+    pos_id: int
+    """The position that the engine was told for this token."""
+    row_start: int = 0
+    """K/V cache taps: absolute position of the first row."""
+    source: str = "captured"
+
+
+class Engine(Protocol):
+    """One file in this folder and one line in its table make an engine."""
+
+    perturbs: bool
+    """Whether the engine can run arms N: its own ops with a rounding error added to each result."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What the engine declares of itself and its model."""
+        ...
+
+    @property
+    def taps(self) -> dict[str, tuple[int, ...]]:
+        """Tap -> layers where this model has it; an empty tuple for taps outside the layers."""
+        ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the text's token ids, with whatever the model's own tokenizer adds."""
+        ...
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids, for people to read."""
+        ...
+
+    def greedy(self, token_ids: Sequence[int], steps: int) -> list[int]:
+        """Return the engine's own next `steps` tokens, each the arg-max of the logits."""
+        ...
+
+    def run(self, arm: Arm, token_ids: Sequence[int], layers: frozenset[int]) -> Iterator[Tapped | Event]:
+        """Run one arm on a fresh cache and hand out what its reads ask for, in order of execution."""
+        ...
+
+    def plant(self, fault: str) -> AbstractContextManager[None]:
+        """Plant a fault of `driftprobe faults` while the context lasts; UsageError where it cannot act here."""
+        ...

@@ -1,0 +1,136 @@
+"""Where the taps of a transformers model are: its modules, found by structure and by the names that models use.
+
+Names are only a first guess. A tap counts when a trial run has seen it fire with tensors that fit (`trial.py`), so
+a name that means something else in some architecture costs a tap, never a wrong number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from driftprobe.errors import ModelError
+
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_ATTN_NORM = ("input_layernorm", "ln_1", "self_attn_layer_norm", "norm_1", "attention_norm", "ln_attn")
+_FFN_NORM = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "final_layer_norm", "norm_2",
+             "ffn_norm", "ln_mlp")  # fmt: skip
+_MLP = ("mlp", "block_sparse_moe", "feed_forward", "ffn", "moe")
+_Q, _K, _V = ("q_proj", "wq"), ("k_proj", "wk"), ("v_proj", "wv")
+_Q_NORM, _K_NORM = ("q_norm", "q_layernorm", "query_layernorm"), ("k_norm", "k_layernorm", "key_layernorm")
+_OUT = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+_ROUTER = ("gate", "router")
+_FINAL_NORM = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "norm_f")
+CONCATENATED = ("qkv_proj", "c_attn", "Wqkv")
+"""Fused projections whose output is all of q, then all of k, then all of v."""
+PER_HEAD = ("query_key_value",)
+"""Fused projections whose output is q, k, v of head 0, then of head 1, … (GPT-NeoX, BLOOM)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer and the modules of it that carry taps; None where it has no such module."""
+
+    index: int
+    module: nn.Module
+    attention: nn.Module | None
+    attn_norm: nn.Module | None
+    q_proj: nn.Module | None
+    k_proj: nn.Module | None
+    v_proj: nn.Module | None
+    fused: nn.Module | None
+    fused_per_head: bool
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
+    out_proj: nn.Module | None
+    ffn_norm: nn.Module | None
+    mlp: nn.Module | None
+    router: nn.Module | None
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """The modules of one model that carry taps, and the sizes needed to put heads on their own axis."""
+
+    embed: nn.Module | None
+    layers: tuple[Layer, ...]
+    final_norm: nn.Module | None
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary: bool
+
+
+def dissect(model: Any) -> Anatomy:
+    """Return the anatomy of a causal language model. Raises ModelError where no decoder layers are found."""
+    config = text_config(model)
+    count = int(getattr(config, "num_hidden_layers", 0) or 0)
+    parent, stack = _decoder_stack(model, count)
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    hidden = int(getattr(config, "hidden_size", 0) or 0)
+    head_dim = int(getattr(config, "head_dim", None) or (hidden // heads if heads else 0))
+    return Anatomy(
+        embed=model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None,
+        layers=tuple(_layer(index, module) for index, module in enumerate(stack)),
+        final_norm=_child(parent, _FINAL_NORM),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rotary=any("rotary" in name.rsplit(".", 1)[-1] for name, _ in model.named_modules()),
+    )
+
+
+def text_config(model: Any) -> Any:
+    """Return the configuration of the language part of a model."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+
+
+def _decoder_stack(model: nn.Module, count: int) -> tuple[nn.Module, nn.ModuleList]:
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == count > 0:
+                return module, child
+    raise ModelError(
+        "no decoder layers found", where=type(model).__name__,
+        measured=f"no list of {count} modules (config.num_hidden_layers)",
+        allowed="a causal language model whose layers stand in one nn.ModuleList",
+        next_step="hand over the causal language model itself, not a wrapper",
+    )  # fmt: skip
+
+
+def _layer(index: int, module: nn.Module) -> Layer:
+    attention = _child(module, _ATTENTION)
+    inner = _child(attention, _ATTENTION) if attention is not None else None
+    core = inner if inner is not None else attention
+    fused = _child(core, CONCATENATED)
+    per_head = None if fused is not None else _child(core, PER_HEAD)
+    mlp = _child(module, _MLP)
+    return Layer(
+        index=index,
+        module=module,
+        attention=core,
+        attn_norm=_child(module, _ATTN_NORM),
+        q_proj=_child(core, _Q),
+        k_proj=_child(core, _K),
+        v_proj=_child(core, _V),
+        fused=fused if fused is not None else per_head,
+        fused_per_head=per_head is not None,
+        q_norm=_child(core, _Q_NORM),
+        k_norm=_child(core, _K_NORM),
+        out_proj=_child(core, _OUT),
+        ffn_norm=_child(module, _FFN_NORM),
+        mlp=mlp,
+        router=_child(mlp, _ROUTER),
+    )
+
+
+def _child(module: nn.Module | None, names: Iterable[str]) -> nn.Module | None:
+    if module is None:
+        return None
+    found = (getattr(module, name, None) for name in names)
+    return next((child for child in found if isinstance(child, nn.Module)), None)

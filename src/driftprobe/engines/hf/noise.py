@@ -1,0 +1,75 @@
+"""Arm N: the same prefill with every op's result off by a rounding error, to see what rounding alone can do here.
+
+Monte Carlo arithmetic (Parker 1997): each result y becomes y·(1 + a·ξ), ξ uniform in [−1, 1]. The size a is one
+rounding to the storage dtype, and the probabilistic bound √K·u of a sum of K products (Higham and Mary 2019) in the
+dtype that the sum is accumulated in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from driftprobe.fingerprint import UNIT_ROUNDOFF
+
+
+@contextmanager
+def rounding_noise(model: nn.Module, seed: int, casts: dict[str, str]) -> Iterator[None]:
+    """Perturb every op of a model while the context lasts; embeddings are looked up, not computed, and stay exact."""
+    generator = torch.Generator().manual_seed(seed)
+    coarsest_sum = max([UNIT_ROUNDOFF["float32"], *(UNIT_ROUNDOFF[dtype] for dtype in casts.values())])
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) or next(module.parameters(recurse=False), None) is None:
+                continue
+            hook = _perturbing(_terms(module), coarsest_sum, generator)
+            stack.callback(module.register_forward_hook(hook).remove)
+        stack.enter_context(_SoftmaxNoise(generator))
+        yield
+
+
+def perturbed(value: torch.Tensor, terms: int, coarsest_sum: float, generator: torch.Generator) -> torch.Tensor:
+    """Return a float tensor with each element off by up to one rounding and √terms accumulation errors."""
+    dtype = str(value.dtype).removeprefix("torch.")
+    if dtype not in UNIT_ROUNDOFF:
+        return value
+    storage = UNIT_ROUNDOFF[dtype]
+    size = storage + float(terms**0.5) * (storage if dtype == "float64" else coarsest_sum)
+    wide = torch.promote_types(value.dtype, torch.float32)
+    noise = torch.rand(value.shape, generator=generator, dtype=wide).to(value.device) * 2 - 1
+    return (value.to(wide) * (1 + size * noise)).to(value.dtype)
+
+
+def _terms(module: nn.Module) -> int:
+    """Return how many products one result of a module sums, at most."""
+    matrices = [weight for weight in module.parameters(recurse=False) if weight.dim() > 1]
+    return max((max(weight.shape[-2:]) for weight in matrices), default=1)
+
+
+def _perturbing(terms: int, coarsest_sum: float, generator: torch.Generator) -> Callable[..., Any]:
+    def hook(_module: object, _args: object, output: Any) -> Any:
+        if isinstance(output, torch.Tensor):
+            return perturbed(output, terms, coarsest_sum, generator)
+        if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):
+            return (perturbed(output[0], terms, coarsest_sum, generator), *output[1:])
+        return output
+
+    return hook
+
+
+class _SoftmaxNoise(TorchFunctionMode):
+    """Perturbs what goes into an attention's own softmax: scores that an eager kernel rounds to the model's dtype."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "softmax" and isinstance(args[0], torch.Tensor) and args[0].dim() == 4:
+            args = (perturbed(args[0], 1, UNIT_ROUNDOFF["float32"], self.generator), *args[1:])
+        return func(*args, **(kwargs or {}))
