@@ -1,0 +1,122 @@
+"""The root cause of a first failure, in words: from the rows that moved, the op that failed and the 2×2 reading."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from driftprobe.judgement import Cell, Failure, Judgement, ModeJudgement, Reading, RowCheck, Status, TraceJudgement
+from driftprobe.taps import BY_NAME, CACHE_TAPS, place
+
+
+def diagnose(judgement: Judgement) -> Judgement:
+    """Return the judgement with a root cause in every first failure."""
+    return replace(judgement, modes={name: _diagnose_mode(mode) for name, mode in judgement.modes.items()})
+
+
+def _diagnose_mode(mode: ModeJudgement) -> ModeJudgement:
+    prompts = tuple(_diagnose_trace(item) for item in mode.prompts)
+    first = mode.first_failure
+    if first is None:
+        return replace(mode, prompts=prompts)
+    same = [
+        p.first_failure
+        for p in prompts
+        if p.first_failure is not None and replace(p.first_failure, root_cause="") == first
+    ]
+    return replace(mode, prompts=prompts, first_failure=same[0])
+
+
+def _diagnose_trace(item: TraceJudgement) -> TraceJudgement:
+    first = item.first_failure
+    if first is None:
+        return item
+    return replace(item, failures=(replace(first, root_cause=root_cause(first, item)), *item.failures[1:]))
+
+
+def root_cause(failure: Failure, item: TraceJudgement) -> str:
+    """Return the cause of a failure in a sentence or two."""
+    if failure.phase == "prefill_ext":
+        return (
+            f"prefill itself: the same token at {place(failure.layer, failure.tensor)} changes with what stands behind it "
+            "or with the prefill's length, beyond rounding; look at the causal mask, chunking and reshapes by token count"
+        )
+    rows = _rows_in_words(failure, item.rows) if failure.tensor in CACHE_TAPS else ""
+    if rows:
+        return _with_reading(rows, item.reading)
+    return _with_reading(_op_in_words(failure, item.cells), item.reading)
+
+
+def _with_reading(words: str, reading: Reading) -> str:
+    return words if reading in {Reading.NONE, Reading.H0} else f"{words}; {reading.words}"
+
+
+def _op_in_words(failure: Failure, cells: Sequence[Cell]) -> str:
+    tap = BY_NAME.get(failure.tensor)
+    where = place(failure.layer, failure.tensor)
+    if tap is None:
+        return f"{where} is the first tap that differs"
+    inputs = [c for c in cells if c.step == failure.step and c.layer == failure.layer and c.tensor in tap.inputs]
+    agree = ", ".join(
+        f"{c.tensor} (×{c.excess:.2g})" for c in inputs if c.status is Status.PASS and c.excess is not None
+    )
+    lead = f"the {tap.op} at {where}: " + (
+        f"its input agrees, {agree}, its result does not" if agree else "its result differs"
+    )
+    return f"{lead}; suspects: {tap.suspect}"
+
+
+def _rows_in_words(failure: Failure, checks: Sequence[RowCheck]) -> str:
+    mine = [c for c in checks if (c.step, c.layer, c.tensor) == (failure.step, failure.layer, failure.tensor)]
+    if not mine:
+        return ""
+    check, letter = mine[0], "K" if failure.tensor == "k_cache" else "V"
+    layer, n = check.layer, check.compared
+    if check.zero and not check.moved and not check.changed:
+        return f"{letter} {_rows(check.zero)} of layer {layer} {_are(check.zero)} zero"
+    if check.other_layer and not check.moved:
+        source = Counter(other for _, other in check.other_layer).most_common(1)[0][0]
+        positions = [position for position, _ in check.other_layer]
+        return f"{letter} {_rows(positions)} of layer {layer} {_are(positions)} layer {source}'s: another layer's cache was read"
+    if check.moved:
+        return _moved_in_words(check, letter, layer, n)
+    if check.changed:
+        return (
+            f"{letter} {_rows(check.changed)} of layer {layer} (of {n}) {'differs' if len(check.changed) == 1 else 'differ'} from prefill's and match no other row: "
+            "overwritten, stale, or coarser than their dtype"
+        )
+    return ""
+
+
+def _moved_in_words(check: RowCheck, letter: str, layer: int, n: int) -> str:
+    pairs = set(check.moved)
+    if len(pairs) == 2 and {(b, a) for a, b in pairs} == pairs:
+        first, second = sorted(position for position, _ in pairs)
+        return f"{letter} rows {first} and {second} of layer {layer} stand in each other's place"
+    offsets = Counter((position - source) % max(n, 1) for position, source in check.moved)
+    offset, count = offsets.most_common(1)[0]
+    if count == len(check.moved):
+        signed = offset if offset <= n // 2 else offset - n
+        hold = "holds" if len(check.moved) == 1 else "hold"
+        empty = f", and {_rows(check.zero)} {_are(check.zero)} zero" if check.zero else ""
+        return (
+            f"{letter} {_rows([p for p, _ in check.moved])} of layer {layer} {hold} prefill's rows shifted by "
+            f"{'one' if abs(signed) == 1 else abs(signed)} ({'+' if signed > 0 else '−'}{abs(signed)}){empty}: "
+            "wrong cache slot"
+        )
+    shown = ", ".join(f"{position}←{source}" for position, source in check.moved[:4])
+    return f"{letter} rows of layer {layer} are prefill's in another order ({shown}): wrong slot or block table"
+
+
+def _rows(positions: Sequence[int]) -> str:
+    if len(positions) == 1:
+        return f"row {positions[0]}"
+    ordered = sorted(positions)
+    if ordered[-1] - ordered[0] == len(ordered) - 1:
+        return f"rows {ordered[0]}–{ordered[-1]}"
+    return f"{len(ordered)} rows ({', '.join(str(p) for p in ordered[:4])}{'…' if len(ordered) > 4 else ''})"
+
+
+def _are(positions: Sequence[int]) -> str:
+    return "is" if len(positions) == 1 else "are"

@@ -1,0 +1,280 @@
+"""What a judgement is made of: verdicts, gates, cells, indicators, findings. Frozen data, no logic but look-ups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from driftprobe.compare import Drift
+from driftprobe.floor import Floor
+from driftprobe.trace import EngineFacts, Record
+
+
+class Verdict(str, Enum):
+    """The four answers. Never tested for truth."""
+
+    NO_DRIFT = "NO_DRIFT"
+    STRUCTURAL_DRIFT = "STRUCTURAL_DRIFT"
+    MISMATCH = "MISMATCH"
+    NOT_AVAILABLE = "N/A"
+
+    def __bool__(self) -> bool:
+        raise TypeError("a verdict is not true or false; compare it with a member of Verdict")
+
+
+class Reading(str, Enum):
+    """The 2×2 reading of arms D and A."""
+
+    H0 = "H0"
+    CONTENTS = "contents"
+    COMPUTATION = "computation"
+    HARNESS = "harness"
+    NONE = "none"
+
+    @property
+    def words(self) -> str:
+        """The reading as a sentence."""
+        return _READINGS[self]
+
+
+_READINGS = {
+    Reading.H0: "both decode arms stay within the floor: arithmetic explains the difference",
+    Reading.CONTENTS: "decode fails with its own cache and agrees with prefill's rows put in: the cache's contents are wrong",
+    Reading.COMPUTATION: "decode fails with its own cache and with prefill's rows put in: the decode computation is wrong",
+    Reading.HARNESS: "decode agrees with its own cache and fails with prefill's rows put in: the alignment is at fault",
+    Reading.NONE: "not read: arm A was not run in this mode, or a gate was shut",
+}
+
+
+class Status(str, Enum):
+    """What became of one compared tap."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """One condition that must hold before a verdict is given."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One tap of one step: decode against prefill, with the floor that judged it."""
+
+    prompt: str
+    step: int
+    layer: int | None
+    tensor: str
+    drift: Drift
+    floor: Floor
+    status: Status
+    reference: Record
+    candidate: Record
+
+    @property
+    def excess(self) -> float | None:
+        """Drift over floor; None where the drift cannot be told."""
+        return None if self.drift.value is None else self.drift.value / self.floor.value
+
+
+@dataclass(frozen=True, slots=True)
+class RowCheck:
+    """K or V rows of one layer and step: which of decode's rows are prefill's, and which are another row."""
+
+    prompt: str
+    step: int
+    layer: int
+    tensor: str
+    compared: int
+    """Rows that both sides hold for positions before the step's own token."""
+    equal: int
+    """Of those, rows whose hashes are equal."""
+    within: int = 0
+    """Rows that differ from prefill's by no more than the floor allows."""
+    moved: tuple[tuple[int, int], ...] = ()
+    """(position, source): decode's row at `position` is bit for bit prefill's row of another position."""
+    zero: tuple[int, ...] = ()
+    """Positions whose row is all zeros in decode and not in prefill."""
+    other_layer: tuple[tuple[int, int], ...] = ()
+    """(position, layer): decode's row is prefill's row of the same position in another layer."""
+    changed: tuple[int, ...] = ()
+    """Positions whose row differs and matches no other row."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvIndicators:
+    """K with K and V with V, never K with V."""
+
+    k_hash_consistent: bool | None
+    """Every cached K row hashes as prefill's; None where there are no rows to compare."""
+    v_hash_consistent: bool | None
+    kv_aligned: bool | None
+    """Every K row and every V row is prefill's own, bit for bit or within the floor."""
+    k_rows_equal: int = 0
+    k_rows: int = 0
+    v_rows_equal: int = 0
+    v_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Extremes and mean of a statistic over layers, prompts and steps."""
+
+    min: float
+    max: float
+    mean: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Scores before and probabilities after the softmax, in both phases; None where the tap is absent."""
+
+    pre_softmax_prefill: Range | None
+    pre_softmax_decode: Range | None
+    post_softmax_prefill: Range | None
+    post_softmax_decode: Range | None
+    recomputed: bool
+    """Whether scores were rebuilt from captured q and k because a fused kernel hides them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Impact:
+    """What the difference does to the output, apart from its cause; the worst step of those compared."""
+
+    kl: float | None
+    """KL(prefill ‖ decode) over the full vocabulary, nats; None without whole logits."""
+    max_abs_dlogit: float | None
+    top1_agree: bool | None
+    margin: float | None
+    """Prefill's top-1 logit minus its top-2."""
+    flip: str
+    """`none`, `tie flip` (the margin is within what rounding does to a logit), `confident flip`, or `unknown`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A tap whose drift arithmetic does not explain."""
+
+    prompt: str
+    step: int
+    layer: int | None
+    tensor: str
+    drift: float
+    floor: float
+    excess: float
+    phase: str
+    """The candidate's phase: `decode0`…, or `prefill_ext` for a control that is no innocent."""
+    root_cause: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Determinism:
+    """Whether running the same arm again gives the same bits."""
+
+    checked: bool
+    equal: bool
+    largest: float = 0.0
+    """Largest run-to-run drift."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The smallest relative errors that this run could have told from rounding: LIMIT × floor."""
+
+    smallest: float
+    smallest_at: str
+    largest: float
+    largest_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class TraceJudgement:
+    """One prompt in one mode."""
+
+    mode: str
+    prompt: str
+    verdict: Verdict
+    reason: str
+    gates: tuple[Gate, ...]
+    cells: tuple[Cell, ...]
+    aligned_cells: tuple[Cell, ...]
+    """Arm A against P; empty where A was not run."""
+    unpaired: tuple[Record, ...]
+    failures: tuple[Failure, ...]
+    """Of decode and of controls, in execution order."""
+    reading: Reading
+    rows: tuple[RowCheck, ...]
+    determinism: Determinism
+    impact: Impact | None
+    limits: Limits | None
+    controls: dict[str, float]
+    """Control arm -> largest finite drift seen in it."""
+    engine: EngineFacts
+    token_ids: tuple[int, ...] = ()
+    prompt_len: int = 0
+    foreign: bool = False
+    file: str = ""
+
+    @property
+    def first_failure(self) -> Failure | None:
+        """The first failing tap of the earliest failing step, where the verdict is MISMATCH."""
+        return self.failures[0] if self.failures and self.verdict is Verdict.MISMATCH else None
+
+
+@dataclass(frozen=True, slots=True)
+class ModeJudgement:
+    """All prompts of one mode."""
+
+    mode: str
+    verdict: Verdict
+    reason: str
+    prompts: tuple[TraceJudgement, ...]
+    kv: KvIndicators
+    attention: Attention
+    impact: Impact | None
+    limits: Limits | None
+    first_failure: Failure | None
+
+    @property
+    def status(self) -> str:
+        """`COMPLETE`, or `INCOMPLETE` where a trace has no end."""
+        gates = (gate for prompt in self.prompts for gate in prompt.gates if gate.name == "complete")
+        return "COMPLETE" if all(gate.passed for gate in gates) else "INCOMPLETE"
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """Every decode cell of every prompt."""
+        return tuple(cell for prompt in self.prompts for cell in prompt.cells)
+
+    def count(self, status: Status) -> int:
+        """Return how many decode cells have a status."""
+        return sum(cell.status is status for cell in self.cells)
+
+    @property
+    def unpaired(self) -> int:
+        """How many records found no partner."""
+        return sum(len(prompt.unpaired) for prompt in self.prompts)
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Everything that was decided about a traces folder."""
+
+    verdict: Verdict
+    reason: str
+    modes: dict[str, ModeJudgement]
+    """Modes that were run, by name."""
+    limits: Limits | None
+    impact: Impact | None
+
+    @property
+    def first_failure(self) -> Failure | None:
+        """The first failure of the mode that looks deepest, or of the other."""
+        found = [self.modes[m].first_failure for m in ("kv_aligned", "as_designed") if m in self.modes]
+        return next((failure for failure in found if failure is not None), None)

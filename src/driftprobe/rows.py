@@ -1,0 +1,169 @@
+"""The K/V row check: which of decode's cache rows are prefill's own, moved, empty, or another layer's.
+
+K is compared with K and V with V. Rows are known by their hashes, so a permutation or a shift is seen as one; where
+whole tensors are at hand, a row that rounding has touched is still known by its distance.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from driftprobe.compare import PayloadSource
+from driftprobe.fingerprint import DTYPES, Float64, hash_bytes, to_float64
+from driftprobe.judgement import Cell, KvIndicators, RowCheck, Status
+from driftprobe.taps import CACHE_TAPS
+from driftprobe.trace import Record, Trace
+
+MAX_MATCHED_ROWS = 4096
+"""Rows beyond which distances to every other row are not computed (n² of them)."""
+
+_Known = dict[tuple[str, int, int], dict[str, set[int]]]
+"""(tensor, layer, step) -> row hash -> positions where some prefill arm has it."""
+
+
+def check_rows(trace: Trace, cells: Sequence[Cell], payloads: PayloadSource) -> tuple[RowCheck, ...]:
+    """Return the row check of every K and V cell, in execution order. Rows of the step's own token are left out.
+
+    A row counts as equal where its hash is that of any prefill arm at this position: a row that a differently shaped
+    prefill wrote is no fault.
+    """
+    known = _known_rows(trace.records)
+    cache_cells = [cell for cell in cells if cell.tensor in CACHE_TAPS and cell.layer is not None]
+    return tuple(
+        _check(cell, known, _numbers(cell, cache_cells, payloads))
+        for cell in cache_cells
+        if cell.candidate.rows and cell.reference.rows
+    )
+
+
+def kv_indicators(rows: Iterable[RowCheck], cells: Iterable[Cell]) -> KvIndicators:
+    """Return the three indicators of the seed report over all rows of a mode."""
+    counts = {"k_cache": [0, 0], "v_cache": [0, 0]}
+    for check in rows:
+        counts[check.tensor][0] += check.equal
+        counts[check.tensor][1] += check.compared
+    (k_equal, k_all), (v_equal, v_all) = counts["k_cache"], counts["v_cache"]
+    judged = [cell.status for cell in cells if cell.tensor in CACHE_TAPS]
+    told = Status.FAIL in judged or (bool(judged) and Status.UNKNOWN not in judged)
+    return KvIndicators(
+        k_hash_consistent=k_equal == k_all if k_all else None,
+        v_hash_consistent=v_equal == v_all if v_all else None,
+        kv_aligned=Status.FAIL not in judged if told else None,
+        k_rows_equal=k_equal,
+        k_rows=k_all,
+        v_rows_equal=v_equal,
+        v_rows=v_all,
+    )
+
+
+def rows_by_position(record: Record) -> dict[int, str]:
+    """Return position -> row hash of a K/V record."""
+    return {record.row_start + i: row for i, row in enumerate(record.rows or ())}
+
+
+def zero_row_hash(record: Record) -> str | None:
+    """Return the hash that an all-zero row of this record has, or None where its dtype or shape is unknown."""
+    if record.dtype not in DTYPES or not record.shape:
+        return None
+    return hash_bytes(bytes(prod(record.shape[1:]) * DTYPES[record.dtype].itemsize))
+
+
+def _known_rows(records: Iterable[Record]) -> _Known:
+    known: _Known = defaultdict(lambda: defaultdict(set))
+    for record in records:
+        if record.phase in {"prefill_last", "prefill_ext"} and record.rows and record.layer is not None:
+            for position, row in rows_by_position(record).items():
+                known[(record.tensor, record.layer, record.step)][row].add(position)
+    return known
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """The rows of one cell as numbers, and prefill's of every layer, `[S, G·D]` each."""
+
+    candidate: Float64
+    candidate_start: int
+    prefill: dict[int, tuple[int, Float64]]
+    """Layer -> (position of the first row, rows)."""
+    tolerance: float
+    """Relative distance within which two rows are the same row, rounded differently."""
+
+    def near(self, position: int, layer: int) -> list[int]:
+        """Return the positions whose prefill row in a layer is this candidate row, nearest first."""
+        start, rows = self.prefill.get(layer, (0, np.empty((0, 0))))
+        row = self.candidate[position - self.candidate_start]
+        if rows.shape[1:] != row.shape or not 0 < len(rows) <= MAX_MATCHED_ROWS:
+            return []
+        gaps = np.sqrt(np.square(rows - row).sum(axis=1))
+        sizes = np.sqrt(np.square(rows).sum(axis=1))
+        order = np.argsort(gaps, kind="stable")
+        return [start + int(i) for i in order if sizes[i] > 0 and gaps[i] <= self.tolerance * sizes[i]]
+
+
+def _numbers(cell: Cell, cells: Sequence[Cell], payloads: PayloadSource) -> _Numbers | None:
+    array = payloads.get(cell.candidate)
+    if array is None or cell.drift.equal:
+        return None
+    prefill = {}
+    for other in cells:
+        if (other.tensor, other.step, other.layer is None) == (cell.tensor, cell.step, False):
+            rows = payloads.get(other.reference)
+            if rows is not None and other.layer is not None:
+                prefill[other.layer] = (other.reference.row_start, to_float64(rows).reshape(len(rows), -1))
+    flat = to_float64(array).reshape(len(array), -1)
+    return _Numbers(flat, cell.candidate.row_start, prefill, cell.floor.limit)
+
+
+def _check(cell: Cell, known: _Known, numbers: _Numbers | None) -> RowCheck:
+    layer = cell.layer if cell.layer is not None else 0
+    reference, candidate = rows_by_position(cell.reference), rows_by_position(cell.candidate)
+    token = cell.candidate.logical_tok_idx
+    shared = [p for p in sorted(reference.keys() & candidate.keys()) if token is None or p < token]
+    own, zero = known[(cell.tensor, layer, cell.step)], zero_row_hash(cell.candidate)
+    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for position in shared:
+        row = candidate[position]
+        near = numbers.near(position, layer) if numbers else []
+        if row == reference[position] or position in own.get(row, ()):
+            kind, source = "equal", position
+        elif position in near or cell.status is Status.PASS:
+            kind, source = "within", position
+        elif row == zero:
+            kind, source = "zero", position
+        elif row in own or near:
+            kind, source = "moved", min(own.get(row, near), key=lambda other: abs(other - position))
+        else:
+            other = _other_layer(row, position, layer, cell, known, numbers)
+            kind, source = ("changed", position) if other is None else ("other_layer", other)
+        found[kind].append((position, source))
+    return RowCheck(
+        prompt=cell.prompt,
+        step=cell.step,
+        layer=layer,
+        tensor=cell.tensor,
+        compared=len(shared),
+        equal=len(found["equal"]),
+        within=len(found["within"]),
+        moved=tuple(found["moved"]),
+        zero=tuple(position for position, _ in found["zero"]),
+        other_layer=tuple(found["other_layer"]),
+        changed=tuple(position for position, _ in found["changed"]),
+    )
+
+
+def _other_layer(
+    row: str, position: int, layer: int, cell: Cell, known: _Known, numbers: _Numbers | None
+) -> int | None:
+    """Return the layer whose prefill row of the same position this row is, or None."""
+    by_hash = (
+        other
+        for (tensor, other, step), rows in known.items()
+        if tensor == cell.tensor and step == cell.step and other != layer and position in rows.get(row, ())
+    )
+    by_number = (other for other in (numbers.prefill if numbers else {}) if position in numbers.near(position, other))  # type: ignore[union-attr]
+    return next(by_hash, next((other for other in by_number if other != layer), None))

@@ -1,0 +1,278 @@
+"""judge(): from traces to verdicts. Gates first, then the floor, the first failure and the 2×2 reading."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from driftprobe.compare import Drift, Pair, PayloadSource, pair
+from driftprobe.floor import LIMIT, Floor, Floors, innocent, measure_floors
+from driftprobe.gates import Evidence, measure_determinism, pass_gates
+from driftprobe.impact import measure_impact, worst_impact
+from driftprobe.judgement import (
+    Attention,
+    Cell,
+    Failure,
+    Gate,
+    Judgement,
+    Limits,
+    ModeJudgement,
+    Range,
+    Reading,
+    Status,
+    TraceJudgement,
+    Verdict,
+)
+from driftprobe.rows import check_rows, kv_indicators
+from driftprobe.taps import execution_order, place
+from driftprobe.trace import Record, Trace
+
+_CONTROL_OF = {"D'": "D"}
+"""Control arms that repeat another arm than P."""
+MODES = ("as_designed", "kv_aligned")
+
+
+def judge(traces: Sequence[Trace], payloads: PayloadSource) -> Judgement:
+    """Return the judgement of all traces of a folder: MISMATCH before N/A before STRUCTURAL_DRIFT before NO_DRIFT."""
+    judged = [judge_trace(trace, payloads) for trace in traces]
+    names = [m for m in MODES if any(j.mode == m for j in judged)]
+    names += sorted({j.mode for j in judged} - set(MODES))
+    modes = {name: _judge_mode(name, [j for j in judged if j.mode == name], traces) for name in names}
+    verdict = _worst(mode.verdict for mode in modes.values())
+    deciding = next((m for m in reversed(modes.values()) if m.verdict is verdict), None)
+    return Judgement(
+        verdict=verdict,
+        reason=deciding.reason if deciding else "no trace to judge",
+        modes=modes,
+        limits=_pool_limits(mode.limits for mode in modes.values()),
+        impact=worst_impact(mode.impact for mode in modes.values()),
+    )
+
+
+def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
+    """Return the judgement of one prompt in one mode."""
+    decode = pair(trace, "P", "D", payloads)
+    aligned = pair(trace, "P", "A", payloads).matched
+    controls = _controls(trace, payloads)
+    places = {(p.reference.layer, p.reference.tensor) for p in (*decode.matched, *aligned)}
+    floors = measure_floors(trace.header, places, controls)
+    cells, aligned_cells = _cells(decode.matched, floors), _cells(aligned, floors)
+    evidence = Evidence(trace, decode, controls, floors, cells)
+    gates = pass_gates(evidence)
+    failures = _failures(cells, controls, floors)
+    shut = any(not gate.passed for gate in gates)
+    reading = Reading.NONE if shut else _reading(cells, aligned_cells)
+    verdict, reason = _decide(gates, cells, failures, reading)
+    return TraceJudgement(
+        mode=trace.header.mode,
+        prompt=trace.header.prompt,
+        verdict=verdict,
+        reason=reason,
+        gates=gates,
+        cells=cells,
+        aligned_cells=aligned_cells,
+        unpaired=decode.unpaired,
+        failures=failures,
+        reading=reading,
+        rows=check_rows(trace, cells, payloads),
+        determinism=measure_determinism(controls),
+        impact=measure_impact(cells, payloads),
+        limits=_limits(cells),
+        controls=_largest(controls),
+        engine=trace.header.engine,
+        token_ids=trace.header.token_ids,
+        prompt_len=trace.header.prompt_len,
+        foreign=trace.foreign,
+        file=trace.path,
+    )
+
+
+def _controls(trace: Trace, payloads: PayloadSource) -> dict[str, tuple[Pair, ...]]:
+    arms = sorted({record.arm for record in trace.records} - {"P", "D", "A", ""})
+    return {arm: pair(trace, _CONTROL_OF.get(arm, "P"), arm, payloads).matched for arm in arms}
+
+
+def _cells(pairs: Iterable[Pair], floors: Floors) -> tuple[Cell, ...]:
+    found = []
+    for item in pairs:
+        record = item.reference
+        floor = _floor_of(item, floors)
+        found.append(Cell(record.prompt, record.step, record.layer, record.tensor, item.drift, floor,
+                          _status(item.drift, floor), record, item.candidate))  # fmt: skip
+    return tuple(found)
+
+
+def _floor_of(item: Pair, floors: Floors) -> Floor:
+    return floors.by_place[(item.reference.layer, item.reference.tensor)]
+
+
+def _status(drift: Drift, floor: Floor) -> Status:
+    if drift.value is None:
+        return Status.UNKNOWN
+    if drift.value > floor.limit:
+        return Status.FAIL
+    return Status.UNKNOWN if drift.lower_bound and not drift.equal else Status.PASS
+
+
+def _failures(cells: Sequence[Cell], controls: dict[str, tuple[Pair, ...]], floors: Floors) -> tuple[Failure, ...]:
+    """Return decode's failures, earliest step first, each step in execution order; then the guilty controls."""
+    decode = [
+        _failure(cell.candidate, cell.drift, cell.floor, cell.candidate.phase)
+        for cell in sorted(cells, key=lambda c: (c.step, execution_order(c.layer, c.tensor)))
+        if cell.status is Status.FAIL
+    ]
+    guilty = [
+        (item, floors.bounds[(item.reference.layer, item.reference.tensor)])
+        for arm, pairs in controls.items()
+        if arm.startswith("E")
+        for item in pairs
+        if not innocent(item, floors)
+    ]
+    guilty.sort(key=lambda g: (g[0].reference.step, execution_order(g[0].reference.layer, g[0].reference.tensor)))
+    return (*decode, *(_failure(item.candidate, item.drift, floor, "prefill_ext") for item, floor in guilty))
+
+
+def _failure(record: Record, drift: Drift, floor: Floor, phase: str) -> Failure:
+    value = drift.value if drift.value is not None else math.nan
+    return Failure(
+        record.prompt, record.step, record.layer, record.tensor, value, floor.value, value / floor.value, phase
+    )
+
+
+def _reading(cells: Sequence[Cell], aligned: Sequence[Cell]) -> Reading:
+    if not aligned:
+        return Reading.NONE
+    decode_fails = any(cell.status is Status.FAIL for cell in cells)
+    aligned_fails = any(cell.status is Status.FAIL for cell in aligned)
+    if decode_fails:
+        return Reading.COMPUTATION if aligned_fails else Reading.CONTENTS
+    return Reading.HARNESS if aligned_fails else Reading.H0
+
+
+def _decide(
+    gates: Sequence[Gate], cells: Sequence[Cell], failures: Sequence[Failure], reading: Reading
+) -> tuple[Verdict, str]:
+    shut = next((gate for gate in gates if not gate.passed), None)
+    if shut is not None:
+        return Verdict.NOT_AVAILABLE, f"gate '{shut.name}': {shut.detail}"
+    if reading is Reading.HARNESS:
+        return Verdict.NOT_AVAILABLE, reading.words
+    if failures:
+        return Verdict.MISMATCH, _words(failures[0])
+    unknown = [cell for cell in cells if cell.status is Status.UNKNOWN]
+    if unknown:
+        return Verdict.NOT_AVAILABLE, (
+            f"{len(unknown)} of {len(cells)} pairs differ by an amount that the trace cannot tell "
+            f"(first {place(unknown[0].layer, unknown[0].tensor)}); hashes show that, sketches would show how much"
+        )
+    if all(cell.drift.equal for cell in cells):
+        return Verdict.NO_DRIFT, f"all {len(cells)} pairs are bit for bit equal"
+    largest = max(cells, key=lambda cell: cell.excess or 0.0)
+    return Verdict.STRUCTURAL_DRIFT, (
+        f"largest excess {largest.excess:.2g} × floor, at {place(largest.layer, largest.tensor)}; limit {LIMIT:g}"
+    )
+
+
+def _words(failure: Failure) -> str:
+    """Return a failure in a sentence: what, where, measured, allowed."""
+    where = f"{place(failure.layer, failure.tensor)}, prompt {failure.prompt}, step {failure.step}"
+    return (
+        f"{failure.phase} differs from prefill_last at {where}: drift {failure.drift:.2e}, "
+        f"floor {failure.floor:.2e} (×{failure.excess:.3g}, limit {LIMIT:g})"
+    )
+
+
+def _limits(cells: Sequence[Cell]) -> Limits | None:
+    judged = [cell for cell in cells if cell.tensor != "embed"]
+    if not judged:
+        return None
+    low, high = (f(judged, key=lambda cell: cell.floor.value) for f in (min, max))
+    return Limits(low.floor.limit, _at(low), high.floor.limit, _at(high))
+
+
+def _at(cell: Cell) -> str:
+    return f"{place(cell.layer, cell.tensor)} of {cell.prompt}"
+
+
+def _pool_limits(found: Iterable[Limits | None]) -> Limits | None:
+    known = [limits for limits in found if limits is not None]
+    if not known:
+        return None
+    low, high = min(known, key=lambda x: x.smallest), max(known, key=lambda x: x.largest)
+    return Limits(low.smallest, low.smallest_at, high.largest, high.largest_at)
+
+
+def _largest(controls: dict[str, tuple[Pair, ...]]) -> dict[str, float]:
+    return {
+        arm: max((p.drift.value for p in pairs if p.drift.value is not None), default=0.0)
+        for arm, pairs in controls.items()
+    }
+
+
+def _judge_mode(name: str, judged: Sequence[TraceJudgement], traces: Sequence[Trace]) -> ModeJudgement:
+    verdict = _worst(item.verdict for item in judged)
+    deciding = [item for item in judged if item.verdict is verdict]
+    first = _first_of(judged)
+    shown = max(deciding, key=_largest_excess, default=None)
+    reason = _words(first) if first is not None else f"{shown.prompt}: {shown.reason}" if shown is not None else ""
+    cells = [cell for item in judged for cell in item.cells]
+    return ModeJudgement(
+        mode=name,
+        verdict=verdict,
+        reason=reason,
+        prompts=tuple(judged),
+        kv=kv_indicators([row for item in judged for row in item.rows], cells),
+        attention=_attention([t for t in traces if t.header.mode == name]),
+        impact=worst_impact(item.impact for item in judged),
+        limits=_pool_limits(item.limits for item in judged),
+        first_failure=first,
+    )
+
+
+def _first_of(judged: Sequence[TraceJudgement]) -> Failure | None:
+    """Return the earliest failing tap of a mode; where prompts share it, the longest's, which shows the most rows."""
+    found = [(item, item.first_failure) for item in judged]
+    failing = [(item, failure) for item, failure in found if failure is not None]
+    first = min(
+        failing,
+        key=lambda pair: (execution_order(pair[1].layer, pair[1].tensor), pair[1].step, -pair[0].prompt_len),
+        default=None,
+    )
+    return None if first is None else first[1]
+
+
+def _largest_excess(item: TraceJudgement) -> float:
+    return max((cell.excess for cell in item.cells if cell.excess is not None), default=0.0)
+
+
+_SEVERITY = (Verdict.NO_DRIFT, Verdict.STRUCTURAL_DRIFT, Verdict.NOT_AVAILABLE, Verdict.MISMATCH)
+
+
+def _worst(verdicts: Iterable[Verdict]) -> Verdict:
+    return max(verdicts, key=_SEVERITY.index, default=Verdict.NOT_AVAILABLE)
+
+
+def _attention(traces: Sequence[Trace]) -> Attention:
+    records = [record for trace in traces for record in trace.records if record.arm in {"P", "D"}]
+    pre = [r for r in records if r.tensor == "attn_scores"]
+    post = [r for r in records if r.tensor == "attn_probs"]
+    return Attention(
+        pre_softmax_prefill=_range(r for r in pre if r.arm == "P"),
+        pre_softmax_decode=_range(r for r in pre if r.arm == "D"),
+        post_softmax_prefill=_range(r for r in post if r.arm == "P"),
+        post_softmax_decode=_range(r for r in post if r.arm == "D"),
+        recomputed=any(r.source == "recomputed" for r in pre),
+    )
+
+
+def _range(records: Iterable[Record]) -> Range | None:
+    """Return extremes and the mean over all finite elements; each record's mean weighs as many as it has."""
+    low, high, total, count = math.inf, -math.inf, 0.0, 0
+    for r in records:
+        if r.min is None or r.max is None or r.mean is None or not r.shape:
+            continue
+        finite = math.prod(r.shape) - (r.nan_count or 0) - (r.inf_count or 0)
+        if finite:
+            low, high = min(low, r.min), max(high, r.max)
+            total, count = total + r.mean * finite, count + finite
+    return Range(low, high, total / count) if count else None
