@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 
@@ -180,7 +180,7 @@ class TraceWriter:
         first = self._checked("header", header)
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: BinaryIO = path.open("wb")
+            self._file = path.open("wb", buffering=0)  # nothing is left to flush when a full disk closes it
             self._write(first)
 
     def __enter__(self) -> TraceWriter:
@@ -210,8 +210,9 @@ class TraceWriter:
 
     def _write(self, line: bytes) -> None:
         with _writing(self.path):
-            self._file.write(line)
-            self._file.flush()
+            rest = memoryview(line)
+            while rest:
+                rest = rest[self._file.write(rest) or 0 :]
 
 
 class _writing:

@@ -1,0 +1,37 @@
+# make demo   set up into .venv, run both modes on the built-in model, print the verdict and where the report lies
+# make test   set up and run all tests        make check   format, lint, types        make clean   remove .venv
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Versions are pinned here alone; the package itself accepts wide ranges.
+TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers==5.23.0
+STAMP := $(VENV)/.ready
+
+.PHONY: demo test check clean setup calibrate
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml Makefile
+	@echo "setting up $(VENV) (once; a minute or two)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: driftprobe needs Python 3.10 or later; call make with PYTHON=python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "$(TRANSFORMERS)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[hf,dev]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/driftprobe run --model builtin:tiny --mode both
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2
+
+check: $(STAMP)
+	$(BIN)/ruff format --check src tests tools
+	$(BIN)/ruff check src tests tools
+	$(BIN)/mypy
+
+calibrate: $(STAMP)
+	$(BIN)/python tools/calibrate_limit.py
+
+clean:
+	rm -rf $(VENV) build dist

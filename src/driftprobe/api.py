@@ -1,0 +1,290 @@
+"""probe() and analyze(): run the experiment, or judge its traces. Both give the same Result."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import date as calendar
+from pathlib import Path
+from typing import Any
+
+from driftprobe.artifacts import Layout, check_place, copy_run, keep_other_modes, staged, write_reports
+from driftprobe.capture import CaptureOptions, capture, trace_name
+from driftprobe.diagnose import diagnose
+from driftprobe.engines import open_engine
+from driftprobe.engines.base import Engine
+from driftprobe.errors import TraceError, UsageError
+from driftprobe.faults import find_fault
+from driftprobe.judgement import Failure, Impact, Judgement, Limits, Verdict
+from driftprobe.load import load_traces, traces_folder
+from driftprobe.payload import Payloads
+from driftprobe.plan import Mode, Plan, Prompt, make_plan
+from driftprobe.prompts import LENGTHS, Source, builtin_prompt, make_prompts
+from driftprobe.prune import prune_payloads
+from driftprobe.report import render_all
+from driftprobe.trace import Trace
+from driftprobe.verdict import judge
+
+PAYLOADS = ("none", "failing", "all")
+Prompts = Mapping[str, Source] | Iterable[Source]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Where a run is: told to `progress` as it goes on."""
+
+    done: int
+    of: int
+    what: str
+
+
+Progress = Callable[[Step], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A judgement and the traces that it stands on."""
+
+    judgement: Judgement
+    traces: tuple[Trace, ...]
+    folder: Path
+    """The traces folder."""
+    _temporary: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def verdict(self) -> Verdict:
+        """NO_DRIFT, STRUCTURAL_DRIFT, MISMATCH or N/A."""
+        return self.judgement.verdict
+
+    @property
+    def reason(self) -> str:
+        """Why, in a sentence with its figures."""
+        return self.judgement.reason
+
+    @property
+    def first_failure(self) -> Failure | None:
+        """The first tap that arithmetic does not explain, or None."""
+        return self.judgement.first_failure
+
+    @property
+    def impact(self) -> Impact | None:
+        """What the difference does to the logits."""
+        return self.judgement.impact
+
+    @property
+    def detection_limit(self) -> Limits | None:
+        """The smallest relative errors that this run could have told from rounding."""
+        return self.judgement.limits
+
+    def reports(self) -> dict[str, str]:
+        """Return every report's text by file name."""
+        return render_all(self.judgement, self.traces)
+
+    def write(self, folder: str | Path) -> Path:
+        """Write traces and reports into a folder (made where missing) and return the final report's path.
+
+        Raises OutputError where the folder holds other files or cannot be written.
+        """
+        root = Path(folder)
+        if self.folder.resolve() == (root / "traces").resolve():
+            write_reports(root, self.reports())
+        else:
+            with staged(root) as stage:
+                copy_run(self.folder, stage)
+                write_reports(stage.root, self.reports())
+        return root / "B3_66_V2_FINAL_REPORT.md"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """What to run, beside model and prompts."""
+
+    modes: tuple[Mode, ...] = (Mode.AS_DESIGNED, Mode.KV_ALIGNED)
+    steps: int = 1
+    seed: int = 0
+    layers: tuple[int, ...] | None = None
+    payload: str = "failing"
+    fault: str | None = None
+    date: str = ""
+    output: str = ""
+    """The artifacts folder as reports name it."""
+
+
+def probe(
+    model: Any = "builtin:tiny",
+    prompts: Prompts | None = None,
+    *,
+    mode: str = "both",
+    steps: int = 1,
+    seed: int = 0,
+    dtype: str | None = None,
+    attn: str | None = None,
+    tokenizer: Any = None,
+    layers: Sequence[int] | None = None,
+    payload: str = "failing",
+    fault: str | None = None,
+    out: str | Path | None = None,
+) -> Result:
+    """Run a model both ways and return the verdict.
+
+    `model` is a local folder, `builtin:tiny`, or a causal language model object of transformers (its dtype and
+    attention kernel stay as they are). `prompts` maps names to text or token ids, or lists them; token ids need no
+    tokenizer. The default is the three built-in prompts. `out` is the artifacts folder to write; without it traces
+    live in a temporary folder as long as the result does, and `Result.write` keeps them.
+
+    Raises UsageError (or a subclass) for input that cannot be used, EngineError where the model fails while it runs.
+    """
+    modes = parse_mode(mode)
+    if isinstance(model, str | Path):
+        engine = open_engine("hf", model=str(model), dtype=dtype or "float32", attn=attn)
+    else:
+        _reject_for_objects(dtype, attn)
+        from driftprobe.engines.hf import HFEngine
+
+        engine = HFEngine(model, tokenizer)
+    chosen = builtin_prompts(engine) if prompts is None else make_prompts(prompts, engine)
+    options = RunOptions(
+        modes=modes, steps=steps, seed=seed, layers=None if layers is None else tuple(layers), payload=payload,
+        fault=fault, date=calendar.today().isoformat(), output="" if out is None else str(out),
+    )  # fmt: skip
+    if out is not None:
+        return run(engine, chosen, options, Path(out))
+    temporary = tempfile.TemporaryDirectory(prefix="driftprobe-")
+    result = run(engine, chosen, options, Path(temporary.name) / "run")
+    return Result(result.judgement, result.traces, result.folder, temporary)
+
+
+def analyze(folder: str | Path, *, mode: str | None = None) -> Result:
+    """Judge the traces of a folder, whoever wrote them.
+
+    `mode` keeps to the traces of one mode, and names it for traces that do not say theirs. Raises TraceError where a
+    trace breaks the format, or none is of that mode.
+    """
+    place = Path(folder)
+    if mode is not None:
+        parse_mode(mode)
+    found = load_traces(place, None if mode == "both" else mode)
+    traces = tuple(trace for trace in found if mode in {None, "both", trace.header.mode})
+    if not traces:
+        raise TraceError(
+            "no trace of this mode",
+            where=str(place),
+            measured=", ".join(sorted({trace.header.mode for trace in found})),
+            allowed=str(mode),
+            next_step="leave --mode out, or run that mode first",
+        )
+    where = traces_folder(place)
+    return Result(diagnose(judge(traces, Payloads(where))), traces, where)
+
+
+def run(
+    engine: Engine, prompts: Sequence[Prompt], options: RunOptions, root: Path, progress: Progress | None = None
+) -> Result:
+    """Run every prompt in every mode, judge, and write traces, logs and reports into `root`.
+
+    Nothing is touched before all input is checked; `root` changes only when everything is written.
+    """
+    plans = make_plans(engine, prompts, options)
+    check_place(root)
+    with engine.plant(options.fault) if options.fault else nullcontext(), staged(root) as stage:
+        _capture_all(plans, engine, stage, options, progress or (lambda _step: None))
+        keep_other_modes(root, stage, [trace.header for trace in load_traces(stage.traces)])
+        result = analyze(stage.root)
+        if options.payload == "failing":
+            for mode in result.judgement.modes.values():
+                for judged in mode.prompts:
+                    trace = next(t for t in result.traces if t.path == judged.file)
+                    prune_payloads(trace, judged, stage.traces)
+            result = analyze(stage.root)
+        write_reports(stage.root, result.reports())
+    return Result(result.judgement, result.traces, root / "traces")
+
+
+def make_plans(engine: Engine, prompts: Sequence[Prompt], options: RunOptions) -> list[Plan]:
+    """Return all plans of a run, every option checked. Raises UsageError for the first that cannot be used."""
+    _check_options(engine, options)
+    if not prompts:
+        raise UsageError("no prompts", where="--prompts", measured="0", allowed="1 or more", next_step="give a prompt")
+    return [
+        make_plan(
+            mode,
+            prompt,
+            steps=options.steps,
+            seed=options.seed,
+            max_positions=engine.facts.max_positions,
+            layers=options.layers,
+            noise=engine.perturbs,
+        )  # fmt: skip
+        for mode in options.modes
+        for prompt in prompts
+    ]
+
+
+def builtin_prompts(engine: Engine, names: Iterable[str] = tuple(LENGTHS)) -> list[Prompt]:
+    """Return built-in prompts by name."""
+    return [builtin_prompt(name, engine) for name in names]
+
+
+def parse_mode(word: str) -> tuple[Mode, ...]:
+    """Return the modes of a word: `as_designed`, `kv_aligned` or `both`. Raises UsageError for another."""
+    if word == "both":
+        return tuple(Mode)
+    try:
+        return (Mode(word),)
+    except ValueError:
+        raise UsageError(
+            "unknown mode", where="--mode", measured=str(word), allowed="as_designed, kv_aligned, both",
+            next_step="choose one of them",
+        ) from None  # fmt: skip
+
+
+def _check_options(engine: Engine, options: RunOptions) -> None:
+    if options.fault is not None:
+        find_fault(options.fault)
+    if options.payload not in PAYLOADS:
+        raise UsageError("unknown payload choice", where="--payload", measured=options.payload,
+                         allowed=", ".join(PAYLOADS), next_step="choose one of them")  # fmt: skip
+    if options.steps < 1:
+        raise UsageError("too few steps", where="--steps", measured=str(options.steps), allowed="1 or more",
+                         next_step="ask for at least one decode step")  # fmt: skip
+    count = engine.facts.layers
+    wrong = [layer for layer in options.layers or () if not 0 <= layer < count]
+    if wrong or options.layers == ():
+        raise UsageError("unknown layer", where="--layers", measured=", ".join(map(str, wrong)) or "none",
+                         allowed=f"0 to {count - 1}, or all", next_step="choose layers that the model has")  # fmt: skip
+
+
+def _reject_for_objects(dtype: str | None, attn: str | None) -> None:
+    given = [name for name, value in (("dtype", dtype), ("attn", attn)) if value is not None]
+    if given:
+        raise UsageError(
+            "a model object keeps its own dtype and attention", where=", ".join(given), measured="given with a model object",
+            allowed="only with a model folder", next_step="convert the model before you hand it over",
+        )  # fmt: skip
+
+
+def _capture_all(plans: Sequence[Plan], engine: Engine, stage: Layout, options: RunOptions, progress: Progress) -> None:
+    total, done = sum(len(plan.arms) for plan in plans), 0
+    labels = {"output": options.output} | ({"fault": options.fault} if options.fault else {})
+    facts = engine.facts
+    for plan in plans:
+        lines = [f"{facts.name} {facts.version} {facts.model} {facts.dtype} {facts.attention} on {facts.device}",
+                 f"mode {plan.mode.value}, prompt {plan.prompt.name}, {len(plan.prompt.token_ids)} tokens, "
+                 f"{plan.steps} steps, seed {plan.seed}"]  # fmt: skip
+        started = time.perf_counter()
+
+        def told(line: str, plan: Plan = plan, lines: list[str] = lines, started: float = started) -> None:
+            nonlocal done
+            done += 1
+            lines.append(f"{time.perf_counter() - started:8.3f} s  arm {line}")
+            progress(Step(done, total, f"{plan.prompt.name} {plan.mode.value} arm {line}"))
+
+        settings = CaptureOptions(run=options.output or plan.prompt.name, date=options.date, payload=options.payload,
+                                  labels=labels)  # fmt: skip
+        path = capture(plan, engine, stage.traces, settings, told)
+        lines.append(f"{time.perf_counter() - started:8.3f} s  wrote {path.name}")
+        stage.logs.mkdir(parents=True, exist_ok=True)
+        (stage.logs / f"{trace_name(plan)}.log").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,178 @@
+"""The artifacts folder: what may stand in it, and how a new run takes an old one's place without losing anything.
+
+A run is captured and reported in a staging folder beside its place, and moved there in one step when all of it is
+written. Whatever fails before leaves the old run as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from driftprobe.errors import OutputError, TraceError, UsageError
+from driftprobe.payload import FOLDER
+from driftprobe.report import REPORTS
+from driftprobe.trace import Header, read_header
+
+_OURS = (
+    re.compile(r"run/[^/]+\.log"),
+    re.compile(r"traces/[^/]+\.jsonl"),
+    re.compile(rf"traces/{FOLDER}/[^/]+\.(safetensors|part)"),
+)
+_PATH_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The folders of one run."""
+
+    root: Path
+
+    @property
+    def traces(self) -> Path:
+        """Where the trace files are."""
+        return self.root / "traces"
+
+    @property
+    def logs(self) -> Path:
+        """Where the run logs are."""
+        return self.root / "run"
+
+
+def place_of(out: Path, date: str, name: str) -> Path:
+    """Return `out/date/name`. Raises UsageError where date or name could lead elsewhere."""
+    for option, part in (("--date", date), ("--name", name)):
+        if not _PATH_PART.fullmatch(part):
+            raise UsageError(
+                "not a folder name", where=option, measured=repr(part)[:120],
+                allowed="letters, digits, '.', '_' or '-', the first a letter or digit",
+                next_step=f"give {option} a plain name",
+            )  # fmt: skip
+    return out / date / name
+
+
+def check_place(root: Path) -> None:
+    """Raise OutputError where a run cannot go: somebody's files stand there, or it cannot be written."""
+    strangers = list(_strangers(root)) if root.exists() else []
+    if strangers:
+        raise OutputError(
+            "the output folder holds other files", where=str(root), measured=f"{len(strangers)}, first {strangers[0]}",
+            allowed="an empty folder, or an earlier run of driftprobe alone",
+            next_step="choose another --name or --out, or move those files",
+        )  # fmt: skip
+    with written(root):
+        root.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(root.parent, os.W_OK) or (root.exists() and not os.access(root, os.W_OK)):
+            raise PermissionError(13, "Permission denied")
+
+
+@contextmanager
+def staged(root: Path) -> Iterator[Layout]:
+    """Give a folder to build a run in; at a clean end it takes the place of `root`.
+
+    After bad input or a full disk nothing of it stays; after an engine's failure or an interrupt its traces do, each a
+    valid, incomplete one.
+    """
+    check_place(root)
+    stage = root.with_name(f".{root.name}.partial")
+    with written(stage):
+        if stage.exists():
+            shutil.rmtree(stage)
+        stage.mkdir()
+    try:
+        yield Layout(stage)
+    except (UsageError, TraceError):
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+    with written(root):
+        old = root.with_name(f".{root.name}.old")
+        if old.exists():
+            shutil.rmtree(old)
+        if root.exists():
+            root.rename(old)
+        stage.rename(root)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def keep_other_modes(root: Path, stage: Layout, headers: Iterable[Header]) -> list[str]:
+    """Carry traces of another mode over from an earlier run of the same experiment; returns the modes kept."""
+    new = list(headers)
+    if not new or not (root / "traces").is_dir():
+        return []
+    kept = []
+    for path in sorted((root / "traces").glob("*.jsonl")):
+        header = read_header(path)
+        if header is None or header.mode in {h.mode for h in new} or _experiment(header) != _experiment(new[0]):
+            continue
+        with written(stage.root):
+            for file in (
+                path,
+                *(root / "traces" / FOLDER).glob(f"{path.stem}.*"),
+                *(root / "run").glob(f"{path.stem}.log"),
+            ):
+                target = stage.root / file.relative_to(root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, target)
+        kept.append(header.mode)
+    return sorted(set(kept))
+
+
+def copy_run(traces: Path, stage: Layout) -> None:
+    """Copy traces, their payloads and run logs into a staging folder; whatever else stands beside them stays there."""
+    sources = [(path, stage.traces / path.name) for path in traces.glob("*.jsonl")]
+    sources += [(path, stage.traces / FOLDER / path.name) for path in (traces / FOLDER).glob("*.safetensors")]
+    sources += [(path, stage.logs / path.name) for path in (traces.parent / "run").glob("*.log")]
+    with written(stage.root):
+        for source, target in sources:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
+
+
+def write_reports(root: Path, texts: dict[str, str]) -> None:
+    """Write report files, each in one step, so that none is ever half there."""
+    with written(root):
+        root.mkdir(parents=True, exist_ok=True)
+        partial = {name: root / f".{name}.part" for name in texts}
+        try:
+            for name, text in texts.items():
+                partial[name].write_text(text, encoding="utf-8", newline="\n")
+            for name, path in partial.items():
+                path.replace(root / name)
+        finally:
+            for path in partial.values():
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def written(place: Path) -> Iterator[None]:
+    """Turn an OSError of a write into the five-part message."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            "cannot write the output", where=str(error.filename or place), measured=error.strerror or str(error),
+            allowed="a writable place with room left",
+            next_step="free some space, correct the permissions, or choose another place with --out",
+        ) from error  # fmt: skip
+
+
+def _strangers(root: Path) -> Iterator[str]:
+    if not root.is_dir():
+        yield root.name
+        return
+    for path in sorted(root.rglob("*")):
+        relative = path.relative_to(root).as_posix()
+        if path.is_dir() and relative in {"run", "traces", f"traces/{FOLDER}"} and not path.is_symlink():
+            continue
+        if relative not in REPORTS and not any(pattern.fullmatch(relative) for pattern in _OURS):
+            yield relative
+
+
+def _experiment(header: Header) -> tuple[object, ...]:
+    labels = {name: value for name, value in header.labels.items() if name != "output"}
+    return (header.engine, header.seed, header.steps, labels)

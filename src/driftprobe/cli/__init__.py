@@ -1,0 +1,73 @@
+"""The command line: one thin file per command, loaded when it is called."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from driftprobe.errors import DriftprobeError
+from driftprobe.version import __version__
+
+COMMANDS = {
+    "run": "run a model both ways and say what the difference is",
+    "analyze": "judge the traces of a folder",
+    "report": "rebuild every report of a run from its traces",
+    "validate": "say what is wrong with a trace, line by line",
+    "faults": "list the faults that can be planted, and what must be found",
+    "engines": "list the engines and how to install them",
+    "taps": "list the taps in order of execution",
+}
+
+
+class _Lazy(click.Group):
+    """A group whose commands are imported when called, so that help needs no engine."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"driftprobe.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(
+    cls=_Lazy,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="""\b
+Examples:
+  driftprobe run                               the built-in model, both modes
+  driftprobe run --model ./my-llama --dtype bfloat16
+  driftprobe run --fault rope_plus_one         see what a real bug looks like
+  driftprobe analyze artifacts/DATE/b3_66_v2/traces
+
+\b
+Exit codes: 0 NO_DRIFT or STRUCTURAL_DRIFT, 1 MISMATCH, 2 bad usage or input, 3 N/A.
+""",
+)
+@click.version_option(__version__, prog_name="driftprobe")
+def group() -> None:
+    """Prefill and decode give different numbers: is it arithmetic, or a bug, and where does it begin?"""
+
+
+def main() -> None:
+    """Run the command line; every known error becomes its five-part message and exit code."""
+    try:
+        code = group(prog_name="driftprobe", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; what was captured so far is in the .partial folder beside the run's", err=True)
+        sys.exit(130)
+    except DriftprobeError as error:
+        click.echo(str(error), err=True)
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,15 @@
+"""driftprobe engines: what can run a model here, and how to install the rest."""
+
+from __future__ import annotations
+
+import click
+
+from driftprobe.engines import ENGINES
+
+
+@click.command(epilog="\b\nExample:\n  driftprobe run --engine hf")
+def command() -> None:
+    """List the engines. One whose libraries are missing stays listed, with its install line."""
+    for name, entry in ENGINES.items():
+        state = f"not installed ({', '.join(entry.missing)}): {entry.install}" if entry.missing else "ready"
+        click.echo(f"{name:<10}{entry.about}\n{'':<10}{state}")

@@ -1,0 +1,138 @@
+"""driftprobe run: the whole experiment, from a model to a verdict and its reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date as calendar
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from driftprobe.api import Progress as ToldStep
+from driftprobe.api import RunOptions, Step, builtin_prompts, parse_mode, run
+from driftprobe.artifacts import check_place, place_of
+from driftprobe.cli.show import show
+from driftprobe.engines import open_engine
+from driftprobe.engines.base import Engine
+from driftprobe.errors import UsageError
+from driftprobe.faults import find_fault
+from driftprobe.plan import Prompt
+from driftprobe.prompts import LENGTHS, make_prompt, make_prompts, read_prompt_file
+
+_EPILOG = """\b
+Examples:
+  driftprobe run
+  driftprobe run --model ./my-llama --dtype bfloat16 --attn eager --steps 8
+  driftprobe run --mode kv_aligned --prompt "The quick brown fox"
+  driftprobe run --fault cache_shift --name shifted
+
+\b
+Reports go to OUT/DATE/NAME. Exit codes: 0 NO_DRIFT or STRUCTURAL_DRIFT, 1 MISMATCH, 2 bad input, 3 N/A.
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.option("--engine", default="hf", show_default=True, help="Engine (see `driftprobe engines`).")
+@click.option("--model", default="builtin:tiny", show_default=True, help="builtin:tiny or a local model folder.")
+@click.option("--mode", default="both", show_default=True, help="as_designed, kv_aligned or both.")
+@click.option("--prompts", default=None, help=f"Built-in prompts, comma-separated: {','.join(LENGTHS)}. Default: all.")
+@click.option("--prompt", "texts", multiple=True, help="A prompt of your own; may be given several times.")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="JSON or TOML: names to text or token ids.")
+@click.option("--dtype", default="float32", show_default=True, help="float64, float32, bfloat16 or float16.")
+@click.option("--attn", default=None, help="eager or sdpa. Default: the model's own.")
+@click.option("--layers", default="all", show_default=True, help="Layers to record: all, or e.g. 0,1,2,4,8.")
+@click.option("--steps", type=int, default=1, show_default=True, help="Decode steps to compare.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the rounding noise of arms N.")
+@click.option("--payload", default="failing", show_default=True, help="Whole tensors to keep: none, failing, all.")
+@click.option("--fault", default=None, help="Plant a fault (see `driftprobe faults`).")
+@click.option("--date", default=None, help="Folder of the run under OUT. Default: today.")
+@click.option("--name", default="b3_66_v2", show_default=True, help="Name of the run.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("artifacts"), show_default=True, help="Where runs go."
+)
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def command(
+    engine: str,
+    model: str,
+    mode: str,
+    prompts: str | None,
+    texts: tuple[str, ...],
+    prompt_file: Path | None,
+    dtype: str,
+    attn: str | None,
+    layers: str,
+    steps: int,
+    seed: int,
+    payload: str,
+    fault: str | None,
+    date: str | None,
+    name: str,
+    out: Path,
+    quiet: bool,
+) -> None:
+    """Run a model's prefill and decode on the same tokens and say whether they differ by arithmetic or by a bug."""
+    day = date or calendar.today().isoformat()
+    root = place_of(out, day, name)
+    options = RunOptions(
+        modes=parse_mode(mode), steps=steps, seed=seed, layers=_layers(layers), payload=payload, fault=fault, date=day,
+        output=root.as_posix(),
+    )  # fmt: skip
+    if fault is not None:
+        find_fault(fault)
+    check_place(root)
+    console = Console(highlight=False)
+    with _told(quiet) as progress:
+        loaded = open_engine(engine, model=model, dtype=dtype, attn=attn)
+        result = run(loaded, _prompts(loaded, prompts, texts, prompt_file), options, root, progress)
+    facts = loaded.facts
+    console.print(f"{facts.model}  {facts.dtype}  {facts.attention}  {facts.version}", style="dim", soft_wrap=True)
+    if fault is not None:
+        console.print(f"planted fault: {fault} — {find_fault(fault).breaks}", style="yellow", soft_wrap=True)
+    code = show(result, console)
+    console.print(f"  {'report:':<17}{(root / 'B3_66_V2_FINAL_REPORT.md').as_posix()}", soft_wrap=True)
+    click.get_current_context().exit(code)
+
+
+def _prompts(engine: Engine, names: str | None, texts: tuple[str, ...], prompt_file: Path | None) -> list[Prompt]:
+    chosen = [] if names is None else builtin_prompts(engine, [n.strip() for n in names.split(",")])
+    if names is None and not texts and prompt_file is None:
+        chosen = builtin_prompts(engine)
+    chosen += [make_prompt("prompt" if i == 0 else f"prompt{i + 1}", text, engine) for i, text in enumerate(texts)]
+    if prompt_file is not None:
+        chosen += make_prompts(read_prompt_file(prompt_file), engine)
+    seen = [prompt.name for prompt in chosen]
+    twice = next((name for name in seen if seen.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError("two prompts of one name", where="prompts", measured=twice, allowed="each name once",
+                         next_step="rename one of them")  # fmt: skip
+    return chosen
+
+
+def _layers(word: str) -> tuple[int, ...] | None:
+    if word == "all":
+        return None
+    try:
+        return tuple(sorted({int(part) for part in word.split(",")}))
+    except ValueError:
+        raise UsageError("unknown layer", where="--layers", measured=word, allowed="all, or numbers such as 0,1,2,4,8",
+                         next_step="choose layers by number") from None  # fmt: skip
+
+
+@contextmanager
+def _told(quiet: bool) -> Iterator[ToldStep | None]:
+    """Show a progress bar on a terminal's error stream; nothing elsewhere."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("loading the model", total=None)
+
+        def told(step: Step) -> None:
+            bar.update(task, description=step.what, completed=step.done, total=step.of)
+
+        yield told

@@ -1,0 +1,61 @@
+"""`--payload failing`: after a judgement, keep whole tensors only where something failed, and of the logits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from driftprobe.fingerprint import Array
+from driftprobe.judgement import Status, TraceJudgement
+from driftprobe.payload import Payloads, write_payloads
+from driftprobe.taps import CACHE_TAPS
+from driftprobe.trace import Record, Trace, TraceWriter
+
+_Where = tuple[int, int | None, str]
+
+
+def prune_payloads(trace: Trace, judged: TraceJudgement, folder: Path) -> None:
+    """Rewrite one trace and its payload files in place, without the payloads that no finding needs.
+
+    An incomplete trace is left as it is: writing it again would give it a footer.
+    """
+    if trace.damage:
+        return
+    wanted = _wanted(judged)
+    payloads = Payloads(folder)
+    keep: dict[str, dict[str, Array]] = {}
+    files: set[str] = set()
+    records = []
+    for record in trace.records:
+        if record.payload is None:
+            records.append(record)
+            continue
+        file, _, name = record.payload.partition("#")
+        files.add(file)
+        array = payloads.get(record) if _needed(record, wanted) else None
+        if array is None:
+            records.append(replace(record, payload=None))
+        else:
+            keep.setdefault(file, {})[name] = array
+            records.append(record)
+    for file in sorted(files):
+        write_payloads(folder / file, keep[file]) if file in keep else (folder / file).unlink()
+    partial = folder / f".{trace.path}.part"
+    with TraceWriter(partial, trace.header) as writer:
+        for record in records:
+            writer.record(record)
+        for event in trace.events:
+            writer.event(event)
+    partial.replace(folder / trace.path)
+
+
+def _wanted(judged: TraceJudgement) -> set[_Where]:
+    """Return the places whose whole tensors the reports use: failures, and with them all rows of that cache tap."""
+    cells = (*judged.cells, *judged.aligned_cells)
+    failing: set[_Where] = {(c.step, c.layer, c.tensor) for c in cells if c.status is Status.FAIL}
+    caches = {(step, tensor) for step, _, tensor in failing if tensor in CACHE_TAPS}
+    return failing | {(c.step, c.layer, c.tensor) for c in cells if (c.step, c.tensor) in caches}
+
+
+def _needed(record: Record, wanted: set[_Where]) -> bool:
+    return record.tensor == "logits" or (record.step, record.layer, record.tensor) in wanted
