@@ -209,7 +209,7 @@ def _next_steps(judgement: Judgement, traces: Sequence[Trace]) -> list[_Step]:
         )
     if facts.faults(traces):
         words = "The planted fault is gone without `--fault`:" + _same_prompts(traces)
-        steps.append(("Judge the engine itself", words, facts.run_command("both", traces, fault=False)))
+        steps.append(("Judge the engine itself", words, facts.run_command("both", traces, fault=False, suffix="_clean")))
     return steps
 
 
@@ -221,7 +221,7 @@ def _after_mismatch(failure: Failure, traces: Sequence[Trace]) -> list[_Step]:
     if failure.layer is not None:
         layers = ",".join(str(n) for n in range(max(0, failure.layer - 1), failure.layer + 1))
         words = "Record only the layers around it, with whole tensors to compare by hand:" + _same_prompts(traces)
-        command = facts.run_command("kv_aligned", traces, "--layers", layers, "--payload", "all")
+        command = facts.run_command("kv_aligned", traces, "--layers", layers, "--payload", "all", suffix="_close")
         found.append(("Look closer", words, command))
     if not facts.faults(traces):
         words = "Exit code 0 means that the bug is gone:" + _same_prompts(traces)
@@ -236,7 +236,7 @@ def _finer(traces: Sequence[Trace]) -> list[_Step]:
     if dtype not in finer or traces[0].foreign:
         return []
     words = f"In {finer[dtype]} rounding is smaller, and a real bug keeps its size:" + _same_prompts(traces)
-    command = facts.run_command("both", traces).replace(f"--dtype {dtype}", f"--dtype {finer[dtype]}")
+    command = facts.run_command("both", traces, dtype=finer[dtype], suffix=f"_{finer[dtype]}")
     return [("See smaller faults", words, command)]
 
 

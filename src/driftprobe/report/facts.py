@@ -164,26 +164,38 @@ def drift_words(cell: Cell) -> str:
 
 
 def run_short(mode: str, traces: Sequence[Trace]) -> str:
-    """Return the shortest command that runs a mode."""
-    return (
-        f"driftprobe run --mode {shlex.quote(mode)}"
-        if not is_foreign(traces)
-        else f"driftprobe run --mode {mode} --model DIR"
-    )
+    """Return the shortest command that runs a mode, into the same folder where that is known."""
+    if is_foreign(traces):
+        return f"driftprobe run --mode {mode} --model DIR"
+    return printable(shlex.join(["driftprobe", "run", "--mode", mode, *_folder(traces)]))
 
 
-def run_command(mode: str, traces: Sequence[Trace], *more: str, fault: bool = True) -> str:
-    """Return the command that runs a mode as these traces were run, with further options."""
+def run_command(
+    mode: str, traces: Sequence[Trace], *more: str, fault: bool = True, dtype: str = "", suffix: str = ""
+) -> str:
+    """Return the command that runs a mode as these traces were run, with further options.
+
+    `dtype` takes the place of the run's own; `suffix` is put behind the run's name where the command is another
+    experiment, which must not take this run's place.
+    """
     words = ["driftprobe", "run"]
     if traces and not is_foreign(traces):
-        words += _same_engine(traces[0].header)
-    words += ["--mode", mode]
-    if traces and not is_foreign(traces):
-        words += _same_plan(traces)
+        header = traces[0].header
+        words += [*_same_engine(header, dtype), "--mode", mode, *_same_plan(traces)]
         words += [word for name in faults(traces)[:1] if fault for word in ("--fault", name)]
     else:
-        words += ["--model", "DIR"]
-    return printable(shlex.join([*words, *more]))
+        words += ["--mode", mode, "--model", "DIR"]
+    return printable(shlex.join([*words, *more, *_folder(traces, suffix)]))
+
+
+def _folder(traces: Sequence[Trace], suffix: str = "") -> list[str]:
+    """Return the options that name a run's folder, `out/date/name`, where the traces know it."""
+    parts = output(traces).rstrip("/").split("/")
+    if len(parts) < 3 or is_foreign(traces):
+        return []
+    *out, date, name = parts
+    where_to = "/".join(out)
+    return ["--date", date, "--name", name + suffix, *(["--out", where_to] if where_to != "artifacts" else [])]
 
 
 def other_prompts(traces: Sequence[Trace]) -> tuple[str, ...]:
@@ -196,11 +208,12 @@ def report_command(traces: Sequence[Trace]) -> str:
     return printable(shlex.join(["driftprobe", "report", output(traces) or "DIR"]))
 
 
-def _same_engine(header: Header) -> list[str]:
+def _same_engine(header: Header, dtype: str) -> list[str]:
     facts = header.engine
+    dtype = dtype or facts.dtype
     words = ["--engine", facts.name] if facts.name != "hf" else []
-    words += ["--model", facts.model or "DIR"]
-    words += ["--dtype", facts.dtype] if facts.dtype else []
+    words += ["--model", "DIR" if facts.model.startswith("object:") else facts.model or "DIR"]
+    words += ["--dtype", dtype] if dtype else []
     return words + (["--attn", facts.attention] if facts.attention else [])
 
 
