@@ -6,8 +6,10 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -145,9 +147,7 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize(("options", "words"), BAD_OPTIONS, ids=lambda v: str(v)[:40])
-def test_bad_option_says_five_things_and_touches_nothing(
-    options: tuple[str, ...], words: str, tmp_path: Path
-) -> None:
+def test_bad_option_says_five_things_and_touches_nothing(options: tuple[str, ...], words: str, tmp_path: Path) -> None:
     assert_five_parts(driftprobe("run", *options, cwd=tmp_path), 2, words)
     assert not list(tmp_path.rglob("*.jsonl")) and not list(tmp_path.rglob("*.md"))
 
@@ -267,6 +267,25 @@ def test_no_traces(make: str, tmp_path: Path) -> None:
     if make == "empty":
         folder.mkdir()
     assert_five_parts(driftprobe("analyze", folder, cwd=tmp_path), 2)
+
+
+def test_an_interrupt_leaves_valid_incomplete_traces_and_the_earlier_run(tmp_path: Path) -> None:
+    root = tmp_path / "artifacts/2026-02-07/b3_66_v2"
+    root.mkdir(parents=True)
+    (root / "verdict.json").write_text("earlier")
+    code = "from driftprobe.cli import main; main()"
+    words = [sys.executable, "-c", code, "run", *ONE_PROMPT, "--steps", "40"]
+    running = subprocess.Popen(words, cwd=tmp_path, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    trace = root.with_name(".b3_66_v2.partial") / "traces" / "p0_short_as_designed.jsonl"
+    deadline = time.monotonic() + 60
+    while not (trace.exists() and trace.stat().st_size > 100_000) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130 and "driftprobe analyze" in errors, errors
+    done = driftprobe("analyze", trace.parent.parent, cwd=tmp_path)
+    assert_five_parts(done, 3, "incomplete")
+    assert (root / "verdict.json").read_text() == "earlier"
 
 
 def test_lists(tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def blocks(language: str) -> list[str]:
     """The fenced blocks of a language, in order."""
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    parts = re.split(r"^```(\w*)\n", README, flags=re.MULTILINE)
+    fences = list(zip(parts[1::2], parts[2::2], strict=True))
+    return [body for name, body in fences[::2] if name == language]  # every other fence closes a block
 
 
 def command_lines() -> list[str]:

@@ -71,6 +71,11 @@ def check_place(root: Path) -> None:
             raise PermissionError(13, "Permission denied")
 
 
+def stage_of(root: Path) -> Path:
+    """Return the folder beside `root` in which a run is built."""
+    return root.with_name(f".{root.name}.partial")
+
+
 @contextmanager
 def staged(root: Path) -> Iterator[Layout]:
     """Give a folder to build a run in; at a clean end it takes the place of `root`.
@@ -79,7 +84,7 @@ def staged(root: Path) -> Iterator[Layout]:
     valid, incomplete one.
     """
     check_place(root)
-    stage = root.with_name(f".{root.name}.partial")
+    stage = stage_of(root)
     with written(stage):
         if stage.exists():
             shutil.rmtree(stage)

@@ -65,7 +65,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; what was captured so far is in the .partial folder beside the run's", err=True)
+        click.echo("interrupted", err=True)
         sys.exit(130)
     except DriftprobeError as error:
         click.echo(str(error), err=True)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from driftprobe.api import Progress as ToldStep
 from driftprobe.api import RunOptions, Step, builtin_prompts, parse_mode, run
-from driftprobe.artifacts import check_place, place_of
+from driftprobe.artifacts import check_place, place_of, stage_of
 from driftprobe.cli.show import show
 from driftprobe.engines import open_engine
 from driftprobe.engines.base import Engine
@@ -84,7 +84,7 @@ def command(
         find_fault(fault)
     check_place(root)
     console = Console(highlight=False)
-    with _told(quiet) as progress:
+    with _told(quiet) as progress, _kept_on_interrupt(root):
         loaded = open_engine(engine, model=model, dtype=dtype, attn=attn)
         result = run(loaded, _prompts(loaded, prompts, texts, prompt_file), options, root, progress)
     facts = loaded.facts
@@ -119,6 +119,18 @@ def _layers(word: str) -> tuple[int, ...] | None:
     except ValueError:
         raise UsageError("unknown layer", where="--layers", measured=word, allowed="all, or numbers such as 0,1,2,4,8",
                          next_step="choose layers by number") from None  # fmt: skip
+
+
+@contextmanager
+def _kept_on_interrupt(root: Path) -> Iterator[None]:
+    """Say where an interrupted run's traces are; each is valid, the last one incomplete."""
+    before = stage_of(root).exists()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if stage_of(root).exists() and not before:
+            click.echo(f"traces so far: `driftprobe analyze {stage_of(root).as_posix()}` judges them", err=True)
+        raise
 
 
 @contextmanager

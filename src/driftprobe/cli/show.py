@@ -49,7 +49,9 @@ def _incomplete(judgement: Judgement) -> list[TraceError]:
     """Return a five-part message for each trace that has no end."""
     return [
         TraceError(
-            "the trace is incomplete", where=item.file, measured=gate.detail,
+            "the trace is incomplete",
+            where=item.file,
+            measured=gate.detail,
             allowed="a footer whose counts and digest fit the lines before it",
             next_step="run that prompt and mode again; the verdict is N/A until then",
         )  # fmt: skip
