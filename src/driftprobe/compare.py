@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from driftprobe.fingerprint import Array, Float64, l2_norm, to_float64
-from driftprobe.taps import execution_order
+from driftprobe.taps import ExecutionOrder, execution_order
 from driftprobe.trace import Record, Trace
 
 
@@ -36,7 +36,8 @@ class Drift:
     value: float | None
     """‖d−p‖₂/‖p‖₂ (0/0 is 0, x/0 is inf; inf where one side is not finite and the other is); None: cannot be told.
 
-    On the rung `moments` it is |‖d‖₁−‖p‖₁|/‖p‖₁, a lower bound of the same ratio in the 1-norm.
+    On the rung `moments` it is a lower bound: |‖d‖₂−‖p‖₂|/‖p‖₂ where both sides have `l2`, else |‖d‖₁−‖p‖₁|/‖p‖₁,
+    which bounds the same ratio in the 1-norm; `proven` is what follows from it for the ratio in the 2-norm.
     """
     rung: str
     """The evidence it stands on: `hash`, `payload`, `sketch`, `moments` (a lower bound), or `none`."""
@@ -46,11 +47,18 @@ class Drift:
     """`max_abs` in units in the last place of the reference's largest element; payload only."""
     worst: tuple[int, ...] | None = None
     """Index of the element that differs most; payload only."""
+    proven: float | None = None
+    """Rung `moments` only: what ‖d−p‖₂/‖p‖₂ is at least, whatever the tensors are."""
 
     @property
     def lower_bound(self) -> bool:
         """Whether the true drift may be larger than `value`."""
         return self.rung == "moments" and self.value is not None and math.isfinite(self.value)
+
+    @property
+    def at_least(self) -> float | None:
+        """What the drift is at least; the drift itself where it is measured, None where it cannot be told."""
+        return self.proven if self.lower_bound else self.value
 
     @property
     def equal(self) -> bool:
@@ -88,34 +96,58 @@ class Pairing:
 def pair(trace: Trace, reference: str, candidate: str, payloads: PayloadSource) -> Pairing:
     """Return the pairs of two arms of a trace, in execution order, matched by step, layer, tensor and position.
 
-    Records of the same tap whose shapes disagree are not pairs: both are left over.
+    A record that names no position is matched with the one record of its step, layer and tensor on the other side.
+    Records whose shapes disagree, and records of the same place beyond the first, are not pairs: they are left over.
     """
-    left = {
-        _key(record): record for record in trace.records if record.arm == reference and record.phase != "prefill_row"
-    }
-    right = {_key(record): record for record in trace.records if record.arm == candidate}
-    steps = {record.step for record in right.values()}
-    fits = {key for key in left.keys() & right.keys() if _same_shape(left[key], right[key])}
-    pairs = tuple(
-        Pair(left[key], right[key], drift_between(left[key], right[key], payloads)) for key in sorted(fits, key=_order)
-    )
+    left, right = (_by_place(trace, arm) for arm in (reference, candidate))
+    found: list[tuple[Record, Record]] = []
+    for place, mine in left.items():
+        found += _matches(mine, right.get(place, []))
+    taken = {id(record) for both in found for record in both}
     return Pairing(
-        pairs,
-        tuple(left[key] for key in sorted(left.keys() - fits, key=_order) if left[key].step in steps or not steps),
-        tuple(right[key] for key in sorted(right.keys() - fits, key=_order)),
+        tuple(Pair(p, d, drift_between(p, d, payloads)) for p, d in sorted(found, key=lambda both: _order(both[0]))),
+        _left_over(left, taken),
+        _left_over(right, taken),
     )
 
 
-_Key = tuple[int, int | None, str, int | None]
+_Place = tuple[int, int | None, str]
+_ByPlace = dict[_Place, list[Record]]
 
 
-def _key(record: Record) -> _Key:
-    return (record.step, record.layer, record.tensor, record.logical_tok_idx)
+def _by_place(trace: Trace, arm: str) -> _ByPlace:
+    """Return an arm's records by step, layer and tensor; prefill rows that no decode step computed are left out."""
+    found: _ByPlace = {}
+    for record in trace.records:
+        if record.arm == arm and record.phase != "prefill_row":
+            found.setdefault((record.step, record.layer, record.tensor), []).append(record)
+    return found
 
 
-def _order(key: _Key) -> tuple[int, tuple[int, int, int, str], int]:
-    step, layer, tensor, position = key
-    return (step, execution_order(layer, tensor), -1 if position is None else position)
+def _matches(left: list[Record], right: list[Record]) -> list[tuple[Record, Record]]:
+    """Return the pairs of one place: equal positions first, then one that names none with the only one left."""
+    pairs = []
+    rest = list(right)
+    for record in left:
+        partner = next((r for r in rest if r.logical_tok_idx == record.logical_tok_idx), None)
+        if partner is not None:
+            rest.remove(partner)
+            pairs.append((record, partner))
+    taken = {id(record) for record, _ in pairs}
+    alone = [record for record in left if id(record) not in taken]
+    if len(alone) == len(rest) == 1 and None in (alone[0].logical_tok_idx, rest[0].logical_tok_idx):
+        pairs.append((alone[0], rest[0]))
+    return [(p, d) for p, d in pairs if _same_shape(p, d)]
+
+
+def _left_over(records: _ByPlace, taken: set[int]) -> tuple[Record, ...]:
+    alone = (record for here in records.values() for record in here if id(record) not in taken)
+    return tuple(sorted(alone, key=_order))
+
+
+def _order(record: Record) -> tuple[int, ExecutionOrder, int]:
+    position = record.logical_tok_idx
+    return (record.step, execution_order(record.layer, record.tensor), -1 if position is None else position)
 
 
 def _same_shape(left: Record, right: Record) -> bool:
@@ -124,19 +156,49 @@ def _same_shape(left: Record, right: Record) -> bool:
 
 def drift_between(reference: Record, candidate: Record, payloads: PayloadSource) -> Drift:
     """Return the drift of two records, on the best evidence that both carry: hash, payload, sketch, moments."""
-    if reference.hash == candidate.hash and reference.dtype == candidate.dtype:
+    if reference.hash == candidate.hash and _same_dtype(reference, candidate):
         return EQUAL
     if not _finite_alike(reference, candidate):
         return Drift(math.inf, "moments")
     p, d = payloads.get(reference), payloads.get(candidate)
     if p is not None and d is not None:
         return exact_drift(p, d)
-    if reference.sketch is not None and candidate.sketch is not None and reference.l2 is not None:
-        difference = np.subtract(candidate.sketch, reference.sketch)
-        return Drift(ratio(l2_norm(difference), reference.l2), "sketch")
-    if reference.abs_sum is not None and candidate.abs_sum is not None:
-        return Drift(ratio(abs(candidate.abs_sum - reference.abs_sum), reference.abs_sum), "moments")
-    return UNKNOWN
+    if reference.sketch is not None and candidate.sketch is not None:
+        return _sketched_drift(np.asarray(reference.sketch), np.asarray(candidate.sketch), reference.l2)
+    return _bound_of_drift(reference, candidate)
+
+
+def _sketched_drift(p: Float64, d: Float64, size: float | None) -> Drift:
+    """Return ‖sketch(d)−sketch(p)‖/‖p‖₂, with ‖sketch(p)‖ for an unknown ‖p‖₂ (Charikar et al. 2002)."""
+    return Drift(ratio(l2_norm(d - p), l2_norm(p) if size is None else size), "sketch")
+
+
+def _bound_of_drift(reference: Record, candidate: Record) -> Drift:
+    """Return what norms alone say: |‖d‖−‖p‖| ≤ ‖d−p‖ in the 2-norm and in the 1-norm.
+
+    In the 1-norm, ‖d−p‖₁ ≤ √n·‖d−p‖₂ for n elements that may differ, and ‖p‖₁ ≥ ‖p‖₂; so |‖d‖₁−‖p‖₁|/(√n·‖p‖₁) is a
+    lower bound of the drift, and without n nothing is proven. Where d is zero throughout, the drift is 1 exactly.
+    """
+    if reference.l2 is not None and candidate.l2 is not None:
+        value = ratio(abs(candidate.l2 - reference.l2), reference.l2)
+        return Drift(value, "moments", proven=value)
+    if reference.abs_sum is None or candidate.abs_sum is None:
+        return UNKNOWN
+    value = ratio(abs(candidate.abs_sum - reference.abs_sum), reference.abs_sum)
+    if candidate.abs_sum == 0.0:
+        return Drift(value, "moments", proven=value)
+    count = _elements(reference, candidate)
+    return Drift(value, "moments", proven=value / math.sqrt(count) if count else 0.0)
+
+
+def _elements(reference: Record, candidate: Record) -> int | None:
+    """Return in how many elements the two can differ at most, or None where neither shapes nor counts say."""
+    shape = reference.shape if reference.shape is not None else candidate.shape
+    if shape is not None:
+        return math.prod(shape)
+    if reference.nz_count is None or candidate.nz_count is None:
+        return None
+    return reference.nz_count + candidate.nz_count
 
 
 def exact_drift(reference: Array, candidate: Array) -> Drift:
@@ -166,6 +228,10 @@ def ratio(distance: float, size: float) -> float:
     return distance / size if size > 0.0 else math.inf
 
 
+def _same_dtype(left: Record, right: Record) -> bool:
+    return left.dtype is None or right.dtype is None or left.dtype == right.dtype
+
+
 def _finite_alike(left: Record, right: Record) -> bool:
     counts = [(r.nan_count, r.inf_count) for r in (left, right)]
     return None in counts[0] or None in counts[1] or counts[0] == counts[1]
@@ -175,6 +241,8 @@ def _ulp(value: float, array: Array) -> float:
     if array.dtype.kind in "iub":
         return 1.0
     nearest = np.abs(np.asarray(value).astype(array.dtype))
-    above = np.nextafter(nearest, np.asarray(np.inf, dtype=array.dtype))
-    gap = float(above.astype(np.float64) - nearest.astype(np.float64))
-    return gap if math.isfinite(gap) else 0.0
+    # Towards zero at the largest finite value of the dtype, where there is none above.
+    with np.errstate(over="ignore"):
+        edges = [np.nextafter(nearest, np.asarray(end, dtype=array.dtype)) for end in (np.inf, 0.0)]
+    gaps = (abs(float(edge.astype(np.float64) - nearest.astype(np.float64))) for edge in edges)
+    return next((gap for gap in gaps if math.isfinite(gap)), 0.0)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from driftprobe.judgement import Cell, Failure, Judgement, ModeJudgement, Reading, RowCheck, Status, TraceJudgement
-from driftprobe.taps import BY_NAME, CACHE_TAPS, place
+from driftprobe.taps import BY_NAME, CACHE_TAPS, execution_order, place
 
 
 def diagnose(judgement: Judgement) -> Judgement:
@@ -37,15 +37,41 @@ def _diagnose_trace(item: TraceJudgement) -> TraceJudgement:
 
 def root_cause(failure: Failure, item: TraceJudgement) -> str:
     """Return the cause of a failure in a sentence or two."""
+    return "; ".join((_cause(failure, item), *_notes(failure, item)))
+
+
+def _cause(failure: Failure, item: TraceJudgement) -> str:
     if failure.phase == "prefill_ext":
         return (
-            f"prefill itself: the same token at {place(failure.layer, failure.tensor)} changes with what stands behind it "
-            "or with the prefill's length, beyond rounding; look at the causal mask, chunking and reshapes by token count"
+            f"prefill itself: the same token at {place(failure.layer, failure.tensor)} changes with what stands behind "
+            "it or with the prefill's length, beyond rounding; look at the causal mask, chunking and reshapes by token "
+            "count"
         )
     rows = _rows_in_words(failure, item.rows) if failure.tensor in CACHE_TAPS else ""
-    if rows:
-        return _with_reading(rows, item.reading)
-    return _with_reading(_op_in_words(failure, item.cells), item.reading)
+    return _with_reading(rows or _op_in_words(failure, item.cells), item.reading)
+
+
+def _notes(failure: Failure, item: TraceJudgement) -> list[str]:
+    """Return what else bears on the cause: the other kind of failure, and taps before it that are not told."""
+    notes = []
+    other = next((f for f in item.failures if (f.phase == "prefill_ext") != (failure.phase == "prefill_ext")), None)
+    if other is not None:
+        at = place(other.layer, other.tensor)
+        notes.append(
+            f"a longer prefill differs too, first at {at}: the prefill may be the wrong side"
+            if other.phase == "prefill_ext"
+            else f"{other.phase} differs too, first at {at}"
+        )
+    first = (failure.step, execution_order(failure.layer, failure.tensor))
+    untold = [
+        c for c in item.cells if c.status is Status.UNKNOWN and (c.step, execution_order(c.layer, c.tensor)) < first
+    ]
+    if untold:
+        notes.append(
+            f"{len(untold)} earlier {'tap differs' if len(untold) == 1 else 'taps differ'} by an amount that the trace "
+            f"cannot tell, from {place(untold[0].layer, untold[0].tensor)} on"
+        )
+    return notes
 
 
 def _with_reading(words: str, reading: Reading) -> str:
@@ -78,12 +104,16 @@ def _rows_in_words(failure: Failure, checks: Sequence[RowCheck]) -> str:
     if check.other_layer and not check.moved:
         source = Counter(other for _, other in check.other_layer).most_common(1)[0][0]
         positions = [position for position, _ in check.other_layer]
-        return f"{letter} {_rows(positions)} of layer {layer} {_are(positions)} layer {source}'s: another layer's cache was read"
+        return (
+            f"{letter} {_rows(positions)} of layer {layer} {_are(positions)} layer {source}'s: "
+            "another layer's cache was read"
+        )
     if check.moved:
         return _moved_in_words(check, letter, layer, n)
     if check.changed:
         return (
-            f"{letter} {_rows(check.changed)} of layer {layer} (of {n}) {'differs' if len(check.changed) == 1 else 'differ'} from prefill's and match no other row: "
+            f"{letter} {_rows(check.changed)} of layer {layer} (of {n}) "
+            f"{'differs' if len(check.changed) == 1 else 'differ'} from prefill's and match no other row: "
             "overwritten, stale, or coarser than their dtype"
         )
     return ""

@@ -8,12 +8,13 @@ unit roundoff of the coarsest dtype on the path. See docs/how-it-decides.md and 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from driftprobe.compare import Pair
 from driftprobe.fingerprint import UNIT_ROUNDOFF
-from driftprobe.taps import BY_NAME, Scope
+from driftprobe.taps import BY_NAME, Scope, execution_order, place
 from driftprobe.trace import EngineFacts, Header
 
 LIMIT = 4.0
@@ -28,6 +29,10 @@ UNKNOWN_DTYPE = "bfloat16"
 """Assumed where a trace does not say its dtype: the coarsest that engines commonly compute in."""
 
 Place = tuple[int | None, str]
+Controls = dict[str, tuple[Pair, ...]]
+"""Control arm -> its pairs with the arm that it repeats, extends or perturbs."""
+_NOISE = re.compile("N[0-9]+")
+_EXTENSION = re.compile("E[0-9]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,68 +51,119 @@ class Floor:
 
 @dataclass(frozen=True, slots=True)
 class Floors:
-    """Floors of one trace, by tap; `bound` is what rounding explains without the controls that could be faulty."""
+    """Floors of one trace, by tap; `bounds` is what rounding explains without the controls that could be faulty."""
 
     by_place: dict[Place, Floor]
     bounds: dict[Place, Floor]
 
 
-def coarsest_dtype(facts: EngineFacts, records_dtype: str | None) -> str:
-    """Return the dtype with the largest unit roundoff on the path: the model's, or a declared cast's."""
-    known = [d for d in (facts.dtype, records_dtype, *facts.casts.values()) if d in UNIT_ROUNDOFF]
-    return max(known, key=lambda dtype: UNIT_ROUNDOFF[dtype]) if known else UNKNOWN_DTYPE
+@dataclass(frozen=True, slots=True)
+class _Coarsest:
+    """The dtype with the largest unit roundoff on the path, and where it comes in if that is not everywhere."""
+
+    dtype: str
+    origin: str = ""
+
+    def __str__(self) -> str:
+        return self.dtype + (f" ({self.origin})" if self.origin else "")
 
 
-def measure_floors(header: Header, places: Iterable[Place], controls: dict[str, tuple[Pair, ...]]) -> Floors:
-    """Return the floor at every place from the control pairs of each arm (P or D against arm).
+def _coarsest_by_place(facts: EngineFacts, recorded: dict[Place, set[str]]) -> dict[Place, _Coarsest]:
+    """Return the coarsest dtype on the path to each place: the model's, a cast's or a recorded tensor's before it.
 
-    A control that rounding cannot explain (arms E beyond `bounds`) raises no floor; `innocent` tells which those are.
+    A cast whose name is a tap's comes in at that tap (`k_cache`); any other is everywhere (`matmul`).
     """
-    noise = {arm: pairs for arm, pairs in controls.items() if arm.startswith("N")}
-    others = {arm: pairs for arm, pairs in controls.items() if not arm.startswith("N")}
-    at_places = tuple(places)
-    bounds = {place: _roundoff(header, place, bool(noise)) for place in at_places}
+    everywhere = [dtype for name, dtype in facts.casts.items() if name not in BY_NAME]
+    now, found = _coarser(None, (facts.dtype, *everywhere), ""), {}
+    for where in sorted(recorded, key=lambda p: execution_order(*p)):
+        now = _coarser(now, (facts.casts.get(where[1], ""),), f"cast at {place(*where)}")
+        now = _coarser(now, sorted(recorded[where]), f"recorded at {place(*where)}")
+        found[where] = now or _Coarsest(UNKNOWN_DTYPE, "assumed")
+    return found
+
+
+def _coarser(now: _Coarsest | None, dtypes: Iterable[str], origin: str) -> _Coarsest | None:
+    for dtype in dtypes:
+        if dtype in UNIT_ROUNDOFF and (now is None or UNIT_ROUNDOFF[dtype] > UNIT_ROUNDOFF[now.dtype]):
+            now = _Coarsest(dtype, origin if now is not None else "")
+    return now
+
+
+def measure_floors(header: Header, pairs: Iterable[Pair], controls: Controls) -> Floors:
+    """Return the floor at every place of `pairs` (decode's, arm A's), from the control pairs of each arm.
+
+    Arms N raise `bounds` and with them the floor. An arm that rounding cannot explain by those bounds raises nothing:
+    it may have the very fault that is looked for. `innocent` tells which pairs those are.
+    """
+    recorded = _recorded_dtypes((*pairs, *(pair for found in controls.values() for pair in found)))
+    noise = {arm: found for arm, found in controls.items() if _NOISE.fullmatch(arm)}
+    layers = max(header.engine.layers, *(1 + layer for layer, _ in recorded if layer is not None), 0)
+    bounds = {
+        where: _roundoff(where, dtype, layers, bool(noise))
+        for where, dtype in _coarsest_by_place(header.engine, recorded).items()
+    }
     bounds = _raise(bounds, noise)
-    return Floors(_raise(bounds, others, ceilings=bounds), bounds)
+    alone = Floors(bounds, bounds)
+    others = {
+        arm: found
+        for arm, found in controls.items()
+        if arm not in noise and all(innocent(pair, alone) for pair in found)
+    }
+    return Floors(_raise(bounds, others), bounds)
+
+
+def is_extension(arm: str) -> bool:
+    """Whether an arm is one of E1..Em: only shapes differ from P's."""
+    return _EXTENSION.fullmatch(arm) is not None
+
+
+def is_control(arm: str) -> bool:
+    """Whether an arm is a repetition, an extension or a noise arm."""
+    return arm.endswith("'") or is_extension(arm) or _NOISE.fullmatch(arm) is not None
 
 
 def innocent(pair: Pair, floors: Floors) -> bool:
-    """Whether rounding explains a control pair's drift, by the bound that does not lean on that control."""
-    place = (pair.reference.layer, pair.reference.tensor)
-    bound = floors.bounds.get(place)
-    return bound is None or pair.drift.value is None or pair.drift.value <= bound.limit
+    """Whether rounding explains a control pair's drift, by the bound that does not lean on that control.
+
+    A drift that cannot be told is not held against its arm.
+    """
+    bound = floors.bounds.get((pair.reference.layer, pair.reference.tensor))
+    drift = pair.drift.at_least
+    return bound is None or drift is None or drift <= bound.limit
 
 
-def _roundoff(header: Header, place: Place, noise_measured: bool) -> Floor:
-    dtype = coarsest_dtype(header.engine, None)
-    if noise_measured:
-        multiple = BOUND_WITH_NOISE
-    else:
-        layer = place[0] if place[0] is not None else _depth(header, place[1])
-        multiple = BOUND_WITHOUT_NOISE * math.sqrt(1 + layer)
-    return Floor(multiple * UNIT_ROUNDOFF[dtype], f"{multiple:.3g} u of {dtype}")
+def _recorded_dtypes(pairs: Iterable[Pair]) -> dict[Place, set[str]]:
+    recorded: dict[Place, set[str]] = {}
+    for pair in pairs:
+        dtypes = {record.dtype for record in (pair.reference, pair.candidate) if record.dtype is not None}
+        recorded.setdefault((pair.reference.layer, pair.reference.tensor), set()).update(dtypes)
+    return recorded
 
 
-def _depth(header: Header, tensor: str) -> int:
+def _roundoff(where: Place, coarsest: _Coarsest, layers: int, noise_measured: bool) -> Floor:
+    multiple = BOUND_WITH_NOISE if noise_measured else BOUND_WITHOUT_NOISE * math.sqrt(1 + _depth(where, layers))
+    return Floor(multiple * UNIT_ROUNDOFF[coarsest.dtype], f"{multiple:.3g} u of {coarsest}")
+
+
+def _depth(where: Place, layers: int) -> int:
+    layer, tensor = where
+    if layer is not None:
+        return layer
     tap = BY_NAME.get(tensor)
-    return 0 if tap is None or tap.scope is Scope.INPUT else header.engine.layers
+    return 0 if tap is not None and tap.scope is Scope.INPUT else layers
 
 
-def _raise(
-    floors: dict[Place, Floor], controls: dict[str, tuple[Pair, ...]], ceilings: dict[Place, Floor] | None = None
-) -> dict[Place, Floor]:
-    """Return floors raised to the largest control drift at each place and its neighbouring layers."""
+def _raise(floors: dict[Place, Floor], controls: Controls) -> dict[Place, Floor]:
+    """Return floors raised to the largest finite control drift at each place and its neighbouring layers."""
     raised = dict(floors)
     for arm, pairs in controls.items():
         for item in pairs:
-            layer, tensor = item.reference.layer, item.reference.tensor
-            drift = item.drift.value
-            ceiling = ceilings.get((layer, tensor)) if ceilings else None
-            if drift is None or not math.isfinite(drift) or (ceiling is not None and drift > ceiling.limit):
+            drift = item.drift.at_least
+            if drift is None or not math.isfinite(drift):
                 continue
-            for place in _around(layer, tensor):
-                if place in raised and drift > raised[place].value:
-                    raised[place] = Floor(drift, f"arm {arm}")
+            for where in _around(item.reference.layer, item.reference.tensor):
+                if where in raised and drift > raised[where].value:
+                    raised[where] = Floor(drift, f"arm {arm}")
     return raised
 
 

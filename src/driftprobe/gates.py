@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from driftprobe.compare import Pair, Pairing
-from driftprobe.floor import Floors, innocent
+from driftprobe.fingerprint import UNIT_ROUNDOFF
+from driftprobe.floor import UNKNOWN_DTYPE, Controls, Floors, innocent
 from driftprobe.judgement import Cell, Determinism, Gate, Status
-from driftprobe.taps import CACHE_TAPS, execution_order, place
+from driftprobe.taps import BY_NAME, CACHE_TAPS, execution_order, place
 from driftprobe.trace import Record, Trace
 
 SHOWN = 3
@@ -23,9 +24,26 @@ class Evidence:
     trace: Trace
     decode: Pairing
     """D against P."""
-    controls: dict[str, tuple[Pair, ...]]
+    aligned: Pairing
+    """A against P; empty where A was not run."""
+    strangers: tuple[Record, ...]
+    """Records of arms that are neither P, D, A nor a control."""
+    controls: Controls
     floors: Floors
     cells: tuple[Cell, ...]
+
+    @property
+    def unpaired(self) -> tuple[Record, ...]:
+        """Every record that found no partner."""
+        return self.decode.unpaired + self.aligned.unpaired + self.strangers
+
+    @property
+    def pairs(self) -> Iterator[Pair]:
+        """Every pair of every arm."""
+        yield from self.decode.matched
+        yield from self.aligned.matched
+        for found in self.controls.values():
+            yield from found
 
 
 def pass_gates(evidence: Evidence) -> tuple[Gate, ...]:
@@ -33,9 +51,9 @@ def pass_gates(evidence: Evidence) -> tuple[Gate, ...]:
     return (
         _complete(evidence.trace),
         _compared(evidence.decode),
-        _paired(evidence.decode),
-        _same_token(evidence.decode),
-        _embed(evidence.trace),
+        _paired(evidence.unpaired),
+        _same_token(evidence),
+        _embed(evidence),
         _deterministic(evidence),
         _fired(evidence.trace),
         _read_back(evidence.trace),
@@ -44,11 +62,15 @@ def pass_gates(evidence: Evidence) -> tuple[Gate, ...]:
     )
 
 
-def measure_determinism(controls: dict[str, tuple[Pair, ...]]) -> Determinism:
+def measure_determinism(controls: Controls) -> Determinism:
     """Return what the repeated arms P' and D' say."""
-    again = [pair for arm in ("P'", "D'") for pair in controls.get(arm, ())]
+    again = _again(controls)
     drifts = [pair.drift.value for pair in again if pair.drift.value is not None]
     return Determinism(bool(again), all(pair.drift.equal for pair in again), max(drifts, default=0.0))
+
+
+def _again(controls: Controls) -> list[Pair]:
+    return [pair for arm, pairs in controls.items() if arm.endswith("'") for pair in pairs]
 
 
 def _complete(trace: Trace) -> Gate:
@@ -57,42 +79,41 @@ def _complete(trace: Trace) -> Gate:
 
 
 def _compared(decode: Pairing) -> Gate:
-    count = len(decode.matched)
+    """The embedding is not counted: it shows that both sides had the same token, not what they made of it."""
+    count = sum(pair.reference.tensor != "embed" for pair in decode.matched)
     return Gate("compared", count > 0, f"{count} pairs of prefill and decode" if count else "nothing was compared")
 
 
-def _paired(decode: Pairing) -> Gate:
-    left = decode.unpaired
+def _paired(left: Sequence[Record]) -> Gate:
     detail = "every record has its partner" if not left else f"{len(left)} records without a partner: {_names(left)}"
     return Gate("paired", not left, detail)
 
 
-def _same_token(decode: Pairing) -> Gate:
-    different = [
-        f"{place(p.reference.layer, p.reference.tensor)} step {p.reference.step}: token {_token(p.reference)} and "
-        f"{_token(p.candidate)}"
-        for p in decode.matched
-        if _token(p.reference) != _token(p.candidate)
+_IDENTITY = {"token_id": "token", "logical_tok_idx": "position", "pos_id": "position id"}
+
+
+def _same_token(evidence: Evidence) -> Gate:
+    """Compare what both sides of each pair say of their token; what one of them leaves out cannot disagree."""
+    different, told = [], False
+    for pair in evidence.pairs:
+        for name, word in _IDENTITY.items():
+            p, d = getattr(pair.reference, name), getattr(pair.candidate, name)
+            told = told or None not in (p, d)
+            if None not in (p, d) and p != d:
+                different.append(f"{word} {p} and {d} at {_pair_name(pair)}")
+    agreed = "same token at the same position in all arms" if told else "the trace does not name its tokens"
+    return Gate("same token", not different, _listed(different) or agreed)
+
+
+def _embed(evidence: Evidence) -> Gate:
+    lookups = [pair for pair in evidence.pairs if pair.reference.tensor == "embed"]
+    odd = [
+        f"embed of {pair.candidate.arm} {pair.candidate.phase} at step {pair.candidate.step} is not prefill's"
+        for pair in lookups
+        if not pair.drift.equal
     ]
-    return Gate("same token", not different, _listed(different) or "same token at the same position on both sides")
-
-
-def _token(record: Record) -> tuple[int | None, int | None, int | None]:
-    return (record.token_id, record.logical_tok_idx, record.pos_id)
-
-
-def _embed(trace: Trace) -> Gate:
-    by_step: dict[int, dict[str, str]] = {}
-    for record in trace.records:
-        if record.tensor == "embed" and record.phase != "prefill_row":
-            by_step.setdefault(record.step, {})[f"{record.arm} {record.phase}"] = record.hash
-    if not by_step:
-        return Gate("aligned", True, "no embed tap: token and position only are known to agree")
-    odd = []
-    for step, hashes in by_step.items():
-        expected = next((h for arm, h in hashes.items() if arm.startswith("P ")), next(iter(hashes.values())))
-        odd += [f"embed of {arm} at step {step} is not prefill's" for arm, h in hashes.items() if h != expected]
-    return Gate("aligned", not odd, _listed(odd) or "embed is bit-identical in all arms")
+    agreed = "embed is bit-identical in all arms" if lookups else "no embed tap: the input itself was not compared"
+    return Gate("aligned", not odd, _listed(odd) or agreed)
 
 
 def _deterministic(evidence: Evidence) -> Gate:
@@ -101,12 +122,16 @@ def _deterministic(evidence: Evidence) -> Gate:
         return Gate("deterministic", True, "not checked: no arm was run twice")
     if measured.equal:
         return Gate("deterministic", True, "P = P' and D = D' bit for bit")
-    again = [pair for arm in ("P'", "D'") for pair in evidence.controls.get(arm, ())]
+    again = _again(evidence.controls)
+    untold = [pair for pair in again if pair.drift.value is None or (pair.drift.lower_bound and not pair.drift.equal)]
     wild = [pair for pair in again if not innocent(pair, evidence.floors)]
     detail = f"run-to-run drift up to {measured.largest:.2e}"
-    if not wild:
-        return Gate("deterministic", True, f"{detail}, within rounding; it joins the floor")
-    return Gate("deterministic", False, f"{detail}, more than rounding explains, first at {_pair_name(wild[0])}")
+    if wild:
+        return Gate("deterministic", False, f"{detail}, more than rounding explains, first at {_pair_name(wild[0])}")
+    if untold:
+        where = _pair_name(untold[0])
+        return Gate("deterministic", False, f"run-to-run drift of a size that the trace cannot tell, first at {where}")
+    return Gate("deterministic", True, f"{detail}, within rounding; it joins the floor")
 
 
 def _fired(trace: Trace) -> Gate:
@@ -125,15 +150,17 @@ def _fired(trace: Trace) -> Gate:
 
 
 def _read_back(trace: Trace) -> Gate:
+    """Every step of arm A needs an event that counts rows, none of them different."""
     checks = [event for event in trace.events if event.event == "cache_readback"]
     bad = [
-        f"arm {e.arm} step {e.step}: {e.measured['different']} of {e.measured['rows']} rows differ"
+        f"arm {e.arm} step {e.step}: {e.measured['different']} of {e.measured.get('rows', '?')} rows differ"
         for e in checks
         if e.measured.get("different", 0)
     ]
+    done = {(e.arm, e.step) for e in checks if e.measured.get("rows", 0) > 0 and "different" in e.measured}
     aligned = {(read.arm, read.step) for read in trace.header.reads if read.arm == "A"}
-    unchecked = [f"arm {arm} step {step} was not read back" for arm, step in sorted(aligned)
-                 if (arm, step) not in {(e.arm, e.step) for e in checks}]  # fmt: skip
+    aligned |= {(record.arm, record.step) for record in trace.records if record.arm == "A"}
+    unchecked = [f"arm {arm} step {step} was not read back" for arm, step in sorted(aligned - done)]
     rows = sum(event.measured.get("rows", 0) for event in checks)
     good = f"{rows} aligned cache rows read back, all equal" if checks else "no aligned cache in this plan"
     return Gate("read back", not bad + unchecked, _listed(bad + unchecked) or good)
@@ -145,11 +172,15 @@ def _finite(cells: Sequence[Cell]) -> Gate:
     broken = [
         f"{place(cell.layer, cell.tensor)} of {cell.prompt}, step {cell.step}"
         for cell in cells
-        if _not_finite(cell.reference) and _not_finite(cell.candidate)
+        if _both_not_finite(cell)
         if first_failure is None or _order(cell) < first_failure
     ]
     detail = f"NaN or infinity in both phases: {_listed(broken)}" if broken else "finite before any failure"
     return Gate("finite", not broken, detail)
+
+
+def _both_not_finite(cell: Cell) -> bool:
+    return _not_finite(cell.reference) and _not_finite(cell.candidate)
 
 
 def _not_finite(record: Record) -> bool:
@@ -158,17 +189,73 @@ def _not_finite(record: Record) -> bool:
 
 
 def _plausible(cells: Sequence[Cell]) -> Gate:
-    """A failing tap all of whose successors are bit-equal was not on the path: the probe, not the engine."""
-    odd = []
+    """A large drift that nothing behind it shows was not on the path: the probe, not the engine."""
+    odd: list[Cell] = []
     for step in sorted({cell.step for cell in cells}):
-        row = sorted((cell for cell in cells if cell.step == step), key=_order)
-        last_different = max((i for i, cell in enumerate(row) if not cell.drift.equal), default=-1)
-        if 0 <= last_different < len(row) - 1:
-            cell = row[last_different]
-            if cell.status is Status.FAIL and cell.tensor not in CACHE_TAPS and not _reordered(cell, row):
-                size = "" if cell.drift.value is None or math.isinf(cell.drift.value) else f" of {cell.drift.value:.1e}"
-                odd.append(f"drift{size} at {place(cell.layer, cell.tensor)} and everything after it bit-equal")
-    return Gate("plausible", not odd, _listed(odd) or "no large drift stands upstream of bit-equal tensors")
+        row = sorted((cell for cell in cells if cell.step == step and not _both_not_finite(cell)), key=_order)
+        last = max((i for i, cell in enumerate(row) if not cell.drift.equal), default=-1)
+        odd += [
+            cell for i, cell in enumerate(row) if _large(cell) and _without_effect(cell, row, i == last < len(row) - 1)
+        ]
+    detail = _listed([f"drift{_size(cell)} at {place(cell.layer, cell.tensor)} and what follows from it bit-equal"
+                      for cell in odd])  # fmt: skip
+    return Gate("plausible", not odd, detail or "no large drift stands upstream of bit-equal tensors")
+
+
+def _large(cell: Cell) -> bool:
+    """Beyond the limit, in whichever norm the evidence has: this gate ends in N/A, so it need not be proven."""
+    return cell.status is Status.FAIL or (cell.drift.value is not None and cell.drift.value > cell.floor.limit)
+
+
+def _size(cell: Cell) -> str:
+    return "" if cell.drift.value is None or math.isinf(cell.drift.value) else f" of {cell.drift.value:.1e}"
+
+
+def _without_effect(cell: Cell, row: Sequence[Cell], nothing_after: bool) -> bool:
+    """Whether a drift ought to show in tensors that are bit-equal: in all that follow, or in all that read it.
+
+    Cache rows may be masked or weigh nothing, and attention does not depend on their order. A branch that is small
+    beside the residual stream may round away in the sum.
+    """
+    if cell.tensor in CACHE_TAPS or _reordered(cell, row) or _rounds_away(cell, row):
+        return False
+    readers = [other for other in row if _reads(other, cell)]
+    return nothing_after or (cell.tensor in _PASSED_ON and bool(readers) and all(r.drift.equal for r in readers))
+
+
+_PASSED_ON = frozenset(
+    ("x_in", "attn_norm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "q_rope", "k_rope", "attn_ctx", "x_mid",
+     "ffn_norm", "x_out", "final_norm")
+)  # fmt: skip
+"""Taps whose every change shows in the op that reads them: no top-k, softmax or sum with a larger tensor behind."""
+
+
+def _reads(other: Cell, cell: Cell) -> bool:
+    tap = BY_NAME.get(other.tensor)
+    if tap is None or other.tensor in CACHE_TAPS:
+        return False
+    if cell.tensor == "x_out" and other.tensor == "x_in":
+        return cell.layer is not None and other.layer == cell.layer + 1
+    return cell.tensor in tap.inputs and other.layer == cell.layer
+
+
+def _rounds_away(cell: Cell, row: Sequence[Cell]) -> bool:
+    """Whether the sum that takes in this branch is so large that rounding it can swallow the difference."""
+    sums = [other for other in row if (other.layer, other.tensor) == (cell.layer, _SUM_OF.get(cell.tensor))]
+    sizes = [_norms(item.reference) for item in (cell, *sums)]
+    if len(sizes) != 2 or cell.drift.value is None:
+        return False
+    unit = UNIT_ROUNDOFF.get(sums[0].reference.dtype or UNKNOWN_DTYPE, 0.0)
+    return any(cell.drift.value * small <= unit * large for small, large in zip(*sizes, strict=True))
+
+
+_SUM_OF = {"attn_out": "x_mid", "mlp_out": "x_out", "mixer_out": "x_mid"}
+
+
+def _norms(record: Record) -> tuple[float, ...]:
+    """Return a record's 2-norm, or its 1-norm where that is all there is."""
+    known = record.l2 if record.l2 is not None else record.abs_sum
+    return () if known is None else (known,)
 
 
 def _reordered(cell: Cell, row: Sequence[Cell]) -> bool:
@@ -187,8 +274,12 @@ def _pair_name(pair: Pair) -> str:
     return f"{place(record.layer, record.tensor)} of arm {record.arm}, step {record.step}"
 
 
-def _names(records: Sequence[Record]) -> str:
-    return _listed([f"{place(r.layer, r.tensor)} ({r.arm or r.phase}, step {r.step})" for r in records])
+def _names(records: Iterable[Record]) -> str:
+    return _listed([f"{place(r.layer, r.tensor)} ({r.arm or r.phase}, step {r.step}{_shape(r)})" for r in records])
+
+
+def _shape(record: Record) -> str:
+    return "" if record.shape is None else f", shape {list(record.shape)}"
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -71,14 +71,20 @@ def _from_tops(cell: Cell) -> Impact:
 def _flip(agree: bool, margin: float, cell: Cell) -> str:
     if agree:
         return "none"
-    return "tie flip" if margin <= rounding_of_a_logit(cell) else "confident flip"
+    rounding = rounding_of_a_logit(cell)
+    if rounding is None:
+        return "unknown"
+    return "tie flip" if margin <= rounding else "confident flip"
 
 
-def rounding_of_a_logit(cell: Cell) -> float:
-    """Return how far rounding alone moves the difference of two logits: floor × rms of the logits × 4, twice."""
+def rounding_of_a_logit(cell: Cell) -> float | None:
+    """Return how far rounding alone moves the difference of two logits: floor × rms of the logits × 4, twice.
+
+    None where the trace does not say how large the logits are.
+    """
     shape, l2 = cell.reference.shape, cell.reference.l2
     if not shape or l2 is None:
-        return 0.0
+        return None
     return 2 * RMS_TO_MAX * cell.floor.value * l2 / math.sqrt(math.prod(shape))
 
 

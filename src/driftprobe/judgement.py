@@ -39,10 +39,12 @@ class Reading(str, Enum):
 
 _READINGS = {
     Reading.H0: "both decode arms stay within the floor: arithmetic explains the difference",
-    Reading.CONTENTS: "decode fails with its own cache and agrees with prefill's rows put in: the cache's contents are wrong",
-    Reading.COMPUTATION: "decode fails with its own cache and with prefill's rows put in: the decode computation is wrong",
+    Reading.CONTENTS: "decode fails with its own cache and agrees with prefill's rows put in: "
+    "the cache's contents are wrong",
+    Reading.COMPUTATION: "decode fails with its own cache and with prefill's rows put in: "
+    "the decode computation is wrong",
     Reading.HARNESS: "decode agrees with its own cache and fails with prefill's rows put in: the alignment is at fault",
-    Reading.NONE: "not read: arm A was not run in this mode, or a gate was shut",
+    Reading.NONE: "not read: arm A was not run in this mode, a gate was shut, or the trace cannot tell a drift's size",
 }
 
 
@@ -207,14 +209,14 @@ class TraceJudgement:
     """Arm A against P; empty where A was not run."""
     unpaired: tuple[Record, ...]
     failures: tuple[Failure, ...]
-    """Of decode and of controls, in execution order."""
+    """Of decode and of controls E, earliest step first, each step in execution order."""
     reading: Reading
     rows: tuple[RowCheck, ...]
     determinism: Determinism
     impact: Impact | None
     limits: Limits | None
     controls: dict[str, float]
-    """Control arm -> largest finite drift seen in it."""
+    """Control arm -> largest drift seen in it (inf where one side is not finite and the other is)."""
     engine: EngineFacts
     token_ids: tuple[int, ...] = ()
     prompt_len: int = 0

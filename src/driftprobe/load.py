@@ -16,19 +16,8 @@ import msgspec
 
 from driftprobe.errors import TraceError
 from driftprobe.taps import BY_NAME, Scope
-from driftprobe.trace import (
-    EngineFacts,
-    Header,
-    Problem,
-    Record,
-    Trace,
-    json_object,
-    lines,
-    name_fault,
-    scan,
-    statistic_faults,
-    too_long,
-)
+from driftprobe.trace import EngineFacts, Header, Problem, Record, Trace, lines, scan, too_long
+from driftprobe.trace_checks import json_object, name_fault, statistic_faults
 
 DEFAULT_MODE = "as_designed"
 ALIGNED_MODE = "kv_aligned"

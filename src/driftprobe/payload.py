@@ -74,7 +74,8 @@ class Payloads:
     def _open(self, file: str) -> dict[str, Array]:
         problem = TraceError(
             "payload file cannot be read", where=file, measured="missing, damaged, or outside the trace's folder",
-            allowed="a safetensors file below the trace's folder", next_step="copy the whole traces folder, or run again",
+            allowed="a safetensors file below the trace's folder",
+            next_step="copy the whole traces folder, or run again",
         )  # fmt: skip
         try:
             path = (self.folder / file).resolve()

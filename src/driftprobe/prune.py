@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from driftprobe.fingerprint import Array
-from driftprobe.judgement import Status, TraceJudgement
+from driftprobe.judgement import Cell, Status, TraceJudgement
 from driftprobe.payload import Payloads, write_payloads
 from driftprobe.taps import CACHE_TAPS
 from driftprobe.trace import Record, Trace, TraceWriter
@@ -49,12 +49,20 @@ def prune_payloads(trace: Trace, judged: TraceJudgement, folder: Path) -> None:
     partial.replace(folder / trace.path)
 
 
+KEPT_FROM = 0.5
+"""Share of its limit from which a drift keeps its whole tensors: a sketch in their place may err across the limit."""
+
+
 def _wanted(judged: TraceJudgement) -> set[_Where]:
-    """Return the places whose whole tensors the reports use: failures, and with them all rows of that cache tap."""
+    """Return the places whose whole tensors are needed: failures, near ones, and all rows of a failing cache tap."""
     cells = (*judged.cells, *judged.aligned_cells)
-    failing: set[_Where] = {(c.step, c.layer, c.tensor) for c in cells if c.status is Status.FAIL}
+    failing: set[_Where] = {(c.step, c.layer, c.tensor) for c in cells if c.status is Status.FAIL or _close(c)}
     caches = {(step, tensor) for step, _, tensor in failing if tensor in CACHE_TAPS}
     return failing | {(c.step, c.layer, c.tensor) for c in cells if (c.step, c.tensor) in caches}
+
+
+def _close(cell: Cell) -> bool:
+    return cell.drift.value is not None and cell.drift.value > KEPT_FROM * cell.floor.limit
 
 
 def _needed(record: Record, wanted: set[_Where]) -> bool:

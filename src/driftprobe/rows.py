@@ -14,7 +14,7 @@ from math import prod
 import numpy as np
 
 from driftprobe.compare import PayloadSource
-from driftprobe.fingerprint import DTYPES, Float64, hash_bytes, to_float64
+from driftprobe.fingerprint import DTYPES, Float64, hash_bytes, l2_norm, to_float64
 from driftprobe.judgement import Cell, KvIndicators, RowCheck, Status
 from driftprobe.taps import CACHE_TAPS
 from driftprobe.trace import Record, Trace
@@ -93,6 +93,15 @@ class _Numbers:
     tolerance: float
     """Relative distance within which two rows are the same row, rounded differently."""
 
+    def same(self, position: int, layer: int) -> bool:
+        """Whether prefill's row of the same position in a layer is this candidate row."""
+        start, rows = self.prefill.get(layer, (0, np.empty((0, 0))))
+        row = self.candidate[position - self.candidate_start]
+        if not 0 <= position - start < len(rows) or rows.shape[1:] != row.shape:
+            return False
+        size = l2_norm(rows[position - start])
+        return size > 0 and l2_norm(rows[position - start] - row) <= self.tolerance * size
+
     def near(self, position: int, layer: int) -> list[int]:
         """Return the positions whose prefill row in a layer is this candidate row, nearest first."""
         start, rows = self.prefill.get(layer, (0, np.empty((0, 0))))
@@ -128,8 +137,9 @@ def _check(cell: Cell, known: _Known, numbers: _Numbers | None) -> RowCheck:
     found: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for position in shared:
         row = candidate[position]
-        near = numbers.near(position, layer) if numbers else []
-        if row == reference[position] or position in own.get(row, ()):
+        equal = row == reference[position] or position in own.get(row, ())
+        near = numbers.near(position, layer) if numbers and not equal else []
+        if equal:
             kind, source = "equal", position
         elif position in near or cell.status is Status.PASS:
             kind, source = "within", position
@@ -165,5 +175,7 @@ def _other_layer(
         for (tensor, other, step), rows in known.items()
         if tensor == cell.tensor and step == cell.step and other != layer and position in rows.get(row, ())
     )
-    by_number = (other for other in (numbers.prefill if numbers else {}) if position in numbers.near(position, other))  # type: ignore[union-attr]
-    return next(by_hash, next((other for other in by_number if other != layer), None))
+    found = next(by_hash, None)
+    if found is not None or numbers is None:
+        return found
+    return next((other for other in numbers.prefill if other != layer and numbers.same(position, other)), None)

@@ -7,9 +7,6 @@ flushed, so a killed process leaves a valid, incomplete trace.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,8 +15,8 @@ from typing import Any
 import msgspec
 
 from driftprobe.errors import OutputError, TraceError
-from driftprobe.fingerprint import DTYPES, SKETCH_BLOCK, SKETCH_SIZE
-from driftprobe.taps import BY_NAME, CACHE_TAPS, Scope
+from driftprobe.fingerprint import SKETCH_SIZE
+from driftprobe.trace_checks import header_faults, json_object, record_faults
 
 SCHEMA = "driftprobe/trace/1"
 MAX_LINE = 64 * 1024 * 1024
@@ -178,7 +175,7 @@ class TraceWriter:
         self._lines = 0
         self._checks = _Checks(path.name)
         first = self._checked("header", header)
-        with _writing(path):
+        with _Writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("wb", buffering=0)  # nothing is left to flush when a full disk closes it
             self._write(first)
@@ -209,13 +206,13 @@ class TraceWriter:
         return line
 
     def _write(self, line: bytes) -> None:
-        with _writing(self.path):
+        with _Writing(self.path):
             rest = memoryview(line)
             while rest:
                 rest = rest[self._file.write(rest) or 0 :]
 
 
-class _writing:
+class _Writing:
     """Turn an OSError of a write into the five-part message."""
 
     def __init__(self, path: Path) -> None:
@@ -345,22 +342,6 @@ def too_long(name: str, number: int) -> Problem:
                    "write one record a line")  # fmt: skip
 
 
-def json_object(raw: bytes) -> dict[str, Any]:
-    """Return the JSON object of a line. Raises ValueError, in a reader's words, for anything else or less."""
-    try:
-        text = raw.decode("utf-8")
-        body = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg} at character {error.pos + 1}") from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(body, dict):
-        raise ValueError(f"{type(body).__name__}, not an object")
-    if b"\\ud" in raw.lower():
-        json.dumps(body, ensure_ascii=False).encode()  # a lone surrogate, which no report could print, raises here
-    return body
-
-
 class _Checks:
     """The MUSTs of one file, checked as its lines go by."""
 
@@ -403,7 +384,7 @@ class _Checks:
             if number != 1:
                 found.append(self.problem(number, "header out of place", f"line {number}", "line 1", "write it first"))
             self.header = self.header or item
-            found += [self.problem(number, *parts) for parts in _header_faults(item)]
+            found += [self.problem(number, *parts) for parts in header_faults(item)]
         elif isinstance(item, Footer):
             found += self._footer(number, item)
         else:
@@ -439,128 +420,6 @@ class _Checks:
                                       "write one file for each prompt"))  # fmt: skip
         size = self.header.sketch_size if self.header else None
         return found + [self.problem(number, *parts) for parts in record_faults(record, size)]
-
-
-def record_faults(record: Record, sketch_size: int | None = None) -> list[tuple[str, str, str, str]]:
-    """Return what a record says that cannot all be true, as (what, measured, allowed, mend)."""
-    found = _place_faults(record)
-    if record.dtype is not None and record.dtype not in DTYPES:
-        found.append(("unknown dtype", record.dtype, ", ".join(DTYPES), "use one of the format's names"))
-    found += _shape_faults(record, sketch_size) + statistic_faults(record)
-    if record.payload is not None and not _safe_reference(record.payload):
-        found.append(("payload leaves the trace's folder", record.payload, "FILE#NAME, FILE below the trace's folder",
-                      "write a relative path without `..`"))  # fmt: skip
-    return found
-
-
-def name_fault(field_name: str, value: str) -> tuple[str, str, str, str] | None:
-    """Return what is wrong with the name of a prompt or mode: both become parts of file names and of reports."""
-    if value and value.isprintable() and not set(value) & set("/\\") and value not in (".", ".."):
-        return None
-    return (f"{field_name} cannot name a file", ascii(value), "printable characters, no slash, not empty",
-            f"choose another {field_name}")  # fmt: skip
-
-
-def _header_faults(header: Header) -> list[tuple[str, str, str, str]]:
-    faults = [name_fault("prompt", header.prompt), name_fault("mode", header.mode)]
-    if not 1 <= header.sketch_size <= SKETCH_BLOCK:
-        faults.append(("impossible sketch size", str(header.sketch_size), f"1 to {SKETCH_BLOCK}",
-                       f"write {SKETCH_SIZE}; leave `sketch` out of the records where there is none"))  # fmt: skip
-    return [fault for fault in faults if fault is not None]
-
-
-_DECODE = re.compile("decode([0-9]{1,9})")
-
-
-def _place_faults(record: Record) -> list[tuple[str, str, str, str]]:
-    found = []
-    empty = [name for name in ("arm", "phase", "tensor", "hash") if not getattr(record, name)]
-    if empty:
-        found.append(("empty name", ", ".join(empty), "one character or more", "name it"))
-    tap = BY_NAME.get(record.tensor)
-    inside = record.layer is not None
-    if tap is not None and inside != (tap.scope is Scope.LAYER):
-        found.append((f"{record.tensor} in the wrong place", f"layer {record.layer}",
-                      "null" if inside else "the number of its layer", "correct the layer"))  # fmt: skip
-    decode = _DECODE.fullmatch(record.phase)
-    if decode and int(decode[1]) != record.step:
-        found.append(("phase disagrees with the step", f"{record.phase}, step {record.step}", "decodeK at step K",
-                      "count both from 0"))  # fmt: skip
-    return found
-
-
-def _shape_faults(record: Record, sketch_size: int | None) -> list[tuple[str, str, str, str]]:
-    found = []
-    shape = record.shape
-    if shape is not None:
-        elements = 1
-        for n in shape:
-            elements *= n
-        counted = (record.nz_count or 0) + (record.nan_count or 0) + (record.inf_count or 0)
-        if any(n < 0 for n in shape) or counted > elements:
-            found.append(("shape disagrees with the counts", f"shape {list(shape)}, {counted} elements counted",
-                          "at most the product of the shape", "write the tensor's true shape"))  # fmt: skip
-        if record.rows is not None and (not shape or len(record.rows) != shape[0]):
-            found.append(("shape disagrees with the rows", f"shape {list(shape)}, {len(record.rows)} row hashes",
-                          "one hash for each row of the first axis", "hash every row once"))  # fmt: skip
-    if record.rows is not None and record.tensor not in CACHE_TAPS:
-        found.append(("row hashes on a tap without rows", record.tensor, ", ".join(sorted(CACHE_TAPS)),
-                      "leave `rows` out"))  # fmt: skip
-    if record.sketch is not None and sketch_size is not None and len(record.sketch) != sketch_size:
-        found.append(("sketch of the wrong size", f"{len(record.sketch)} sums", f"{sketch_size}, as the header says",
-                      "write header.sketch_size sums"))  # fmt: skip
-    return found
-
-
-_MOMENTS = ("abs_sum", "min", "max", "mean", "l2")
-_COUNTS = ("step", "layer", "logical_tok_idx", "nz_count", "abs_sum", "l2", "nan_count", "inf_count", "row_start")
-"""Fields that are never negative."""
-
-
-def statistic_faults(record: Record) -> list[tuple[str, str, str, str]]:
-    """Return the statistics of a record that no tensor can have, as (what, measured, allowed, mend)."""
-    found = []
-    numbers = [v for name in _MOMENTS if (v := getattr(record, name)) is not None]
-    if not all(map(math.isfinite, [*numbers, *(record.sketch or ())])):
-        found.append(("NaN or infinity in a statistic", f"{_MOMENTS} {numbers}, or the sketch", "finite numbers",
-                      "run it over the finite elements, and count the others"))  # fmt: skip
-    negative = [name for name in _COUNTS if (getattr(record, name) or 0) < 0]
-    if negative:
-        found.append(("negative statistic", ", ".join(f"{n} {getattr(record, n)}" for n in negative), "0 or more",
-                      "compute it as docs/trace-format.md says"))  # fmt: skip
-    if record.min is not None and record.max is not None and record.min > record.max:
-        found.append(
-            ("min above max", f"{record.min} > {record.max}", "min ≤ max", "compute both over finite elements")
-        )
-    if record.top is not None and len(record.top.ids) != len(record.top.values):
-        found.append(("top of two lengths", f"{len(record.top.ids)} ids, {len(record.top.values)} values",
-                      "one value for each id", "write both from one sorted list"))  # fmt: skip
-    return found
-
-
-def _safe_reference(reference: str) -> bool:
-    file, mark, name = reference.partition("#")
-    parts = file.replace("\\", "/").split("/")
-    return bool(mark and name and file) and file.isprintable() and parts[0] not in ("", "~") and not (
-        ".." in parts or ":" in file
-    )  # fmt: skip
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    body = dict(pairs)
-    if len(body) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicated key {next(n for n in names if names.count(n) > 1)!r} in one object")
-    return body
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number in JSON; a statistic is finite (count NaN and infinity instead)")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    return value if abs(value) < float("inf") else _no_constant(text)
 
 
 def read_header(path: Path) -> Header | None:

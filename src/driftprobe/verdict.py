@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from driftprobe.compare import Drift, Pair, PayloadSource, pair
-from driftprobe.floor import LIMIT, Floor, Floors, innocent, measure_floors
+from driftprobe.compare import Drift, Pair, Pairing, PayloadSource, pair
+from driftprobe.floor import LIMIT, Controls, Floor, Floors, innocent, is_control, is_extension, measure_floors
 from driftprobe.gates import Evidence, measure_determinism, pass_gates
 from driftprobe.impact import measure_impact, worst_impact
 from driftprobe.judgement import (
@@ -24,11 +24,11 @@ from driftprobe.judgement import (
     Verdict,
 )
 from driftprobe.rows import check_rows, kv_indicators
-from driftprobe.taps import execution_order, place
+from driftprobe.taps import ExecutionOrder, execution_order, place
 from driftprobe.trace import Record, Trace
 
-_CONTROL_OF = {"D'": "D"}
-"""Control arms that repeat another arm than P."""
+_COMPARED = ("P", "D", "A")
+"""The arms that a verdict is about; all others are controls."""
 MODES = ("as_designed", "kv_aligned")
 
 
@@ -51,13 +51,12 @@ def judge(traces: Sequence[Trace], payloads: PayloadSource) -> Judgement:
 
 def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
     """Return the judgement of one prompt in one mode."""
-    decode = pair(trace, "P", "D", payloads)
-    aligned = pair(trace, "P", "A", payloads).matched
+    decode, aligned = pair(trace, "P", "D", payloads), _aligned(trace, payloads)
     controls = _controls(trace, payloads)
-    places = {(p.reference.layer, p.reference.tensor) for p in (*decode.matched, *aligned)}
-    floors = measure_floors(trace.header, places, controls)
-    cells, aligned_cells = _cells(decode.matched, floors), _cells(aligned, floors)
-    evidence = Evidence(trace, decode, controls, floors, cells)
+    floors = measure_floors(trace.header, (*decode.matched, *aligned.matched), controls)
+    cells, aligned_cells = _cells(decode.matched, floors), _cells(aligned.matched, floors)
+    strangers = tuple(r for r in trace.records if r.arm not in _COMPARED and not is_control(r.arm))
+    evidence = Evidence(trace, decode, aligned, strangers, controls, floors, cells)
     gates = pass_gates(evidence)
     failures = _failures(cells, controls, floors)
     shut = any(not gate.passed for gate in gates)
@@ -71,7 +70,7 @@ def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
         gates=gates,
         cells=cells,
         aligned_cells=aligned_cells,
-        unpaired=decode.unpaired,
+        unpaired=evidence.unpaired,
         failures=failures,
         reading=reading,
         rows=check_rows(trace, cells, payloads),
@@ -87,9 +86,17 @@ def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
     )
 
 
-def _controls(trace: Trace, payloads: PayloadSource) -> dict[str, tuple[Pair, ...]]:
-    arms = sorted({record.arm for record in trace.records} - {"P", "D", "A", ""})
-    return {arm: pair(trace, _CONTROL_OF.get(arm, "P"), arm, payloads).matched for arm in arms}
+def _aligned(trace: Trace, payloads: PayloadSource) -> Pairing:
+    """Return A against P, or an empty pairing where A was not run."""
+    if any(record.arm == "A" for record in trace.records):
+        return pair(trace, "P", "A", payloads)
+    return Pairing((), (), ())
+
+
+def _controls(trace: Trace, payloads: PayloadSource) -> Controls:
+    """Return every control's pairs: X' with X, any other with P."""
+    arms = sorted(arm for arm in {record.arm for record in trace.records} if is_control(arm))
+    return {arm: pair(trace, arm[:-1] if arm.endswith("'") else "P", arm, payloads).matched for arm in arms}
 
 
 def _cells(pairs: Iterable[Pair], floors: Floors) -> tuple[Cell, ...]:
@@ -107,46 +114,62 @@ def _floor_of(item: Pair, floors: Floors) -> Floor:
 
 
 def _status(drift: Drift, floor: Floor) -> Status:
-    if drift.value is None:
+    """A lower bound can fail a tap, if it is proven for the norm of the floor; it can never pass one."""
+    if drift.at_least is None:
         return Status.UNKNOWN
-    if drift.value > floor.limit:
+    if drift.at_least > floor.limit:
         return Status.FAIL
-    return Status.UNKNOWN if drift.lower_bound and not drift.equal else Status.PASS
+    return Status.UNKNOWN if drift.lower_bound else Status.PASS
 
 
-def _failures(cells: Sequence[Cell], controls: dict[str, tuple[Pair, ...]], floors: Floors) -> tuple[Failure, ...]:
-    """Return decode's failures, earliest step first, each step in execution order; then the guilty controls."""
+def _failures(cells: Sequence[Cell], controls: Controls, floors: Floors) -> tuple[Failure, ...]:
+    """Return the failures of decode and of guilty controls: earliest step first, each step in execution order.
+
+    At the same tap decode comes before its controls.
+    """
     decode = [
         _failure(cell.candidate, cell.drift, cell.floor, cell.candidate.phase)
-        for cell in sorted(cells, key=lambda c: (c.step, execution_order(c.layer, c.tensor)))
+        for cell in cells
         if cell.status is Status.FAIL
     ]
     guilty = [
-        (item, floors.bounds[(item.reference.layer, item.reference.tensor)])
+        _failure(
+            item.candidate, item.drift, floors.bounds[(item.reference.layer, item.reference.tensor)], "prefill_ext"
+        )
         for arm, pairs in controls.items()
-        if arm.startswith("E")
+        if is_extension(arm)
         for item in pairs
         if not innocent(item, floors)
     ]
-    guilty.sort(key=lambda g: (g[0].reference.step, execution_order(g[0].reference.layer, g[0].reference.tensor)))
-    return (*decode, *(_failure(item.candidate, item.drift, floor, "prefill_ext") for item, floor in guilty))
+    return tuple(sorted((*decode, *guilty), key=_order))
+
+
+def _order(failure: Failure) -> tuple[int, ExecutionOrder, bool]:
+    return (failure.step, execution_order(failure.layer, failure.tensor), failure.phase == "prefill_ext")
 
 
 def _failure(record: Record, drift: Drift, floor: Floor, phase: str) -> Failure:
-    value = drift.value if drift.value is not None else math.nan
+    value = drift.at_least if drift.at_least is not None else math.nan
     return Failure(
         record.prompt, record.step, record.layer, record.tensor, value, floor.value, value / floor.value, phase
     )
 
 
 def _reading(cells: Sequence[Cell], aligned: Sequence[Cell]) -> Reading:
-    if not aligned:
+    """Return the 2×2 reading; none where a side neither fails nor is known to agree."""
+    decode_fails, aligned_fails = _fails(cells), _fails(aligned)
+    if decode_fails is None or aligned_fails is None:
         return Reading.NONE
-    decode_fails = any(cell.status is Status.FAIL for cell in cells)
-    aligned_fails = any(cell.status is Status.FAIL for cell in aligned)
     if decode_fails:
         return Reading.COMPUTATION if aligned_fails else Reading.CONTENTS
     return Reading.HARNESS if aligned_fails else Reading.H0
+
+
+def _fails(cells: Sequence[Cell]) -> bool | None:
+    statuses = {cell.status for cell in cells}
+    if Status.FAIL in statuses:
+        return True
+    return False if statuses == {Status.PASS} else None
 
 
 def _decide(
@@ -155,10 +178,10 @@ def _decide(
     shut = next((gate for gate in gates if not gate.passed), None)
     if shut is not None:
         return Verdict.NOT_AVAILABLE, f"gate '{shut.name}': {shut.detail}"
-    if reading is Reading.HARNESS:
-        return Verdict.NOT_AVAILABLE, reading.words
     if failures:
         return Verdict.MISMATCH, _words(failures[0])
+    if reading is Reading.HARNESS:
+        return Verdict.NOT_AVAILABLE, reading.words
     unknown = [cell for cell in cells if cell.status is Status.UNKNOWN]
     if unknown:
         return Verdict.NOT_AVAILABLE, (
@@ -202,11 +225,10 @@ def _pool_limits(found: Iterable[Limits | None]) -> Limits | None:
     return Limits(low.smallest, low.smallest_at, high.largest, high.largest_at)
 
 
-def _largest(controls: dict[str, tuple[Pair, ...]]) -> dict[str, float]:
-    return {
-        arm: max((p.drift.value for p in pairs if p.drift.value is not None), default=0.0)
-        for arm, pairs in controls.items()
-    }
+def _largest(controls: Controls) -> dict[str, float]:
+    """Return each control's largest drift; an arm that differs by amounts that cannot be told is left out."""
+    found = {arm: [p.drift.value for p in pairs if p.drift.value is not None] for arm, pairs in controls.items()}
+    return {arm: max(drifts) for arm, drifts in found.items() if drifts}
 
 
 def _judge_mode(name: str, judged: Sequence[TraceJudgement], traces: Sequence[Trace]) -> ModeJudgement:
@@ -230,12 +252,12 @@ def _judge_mode(name: str, judged: Sequence[TraceJudgement], traces: Sequence[Tr
 
 
 def _first_of(judged: Sequence[TraceJudgement]) -> Failure | None:
-    """Return the earliest failing tap of a mode; where prompts share it, the longest's, which shows the most rows."""
+    """Return a mode's first failure: earliest step, then tap; where prompts share it the longest's, with most rows."""
     found = [(item, item.first_failure) for item in judged]
     failing = [(item, failure) for item, failure in found if failure is not None]
     first = min(
         failing,
-        key=lambda pair: (execution_order(pair[1].layer, pair[1].tensor), pair[1].step, -pair[0].prompt_len),
+        key=lambda pair: (_order(pair[1]), -pair[0].prompt_len),
         default=None,
     )
     return None if first is None else first[1]

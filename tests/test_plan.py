@@ -1,0 +1,97 @@
+"""Plans are pure data: which arms run in which mode, over which tokens, read at which positions."""
+
+from __future__ import annotations
+
+import pytest
+
+from driftprobe.errors import UsageError
+from driftprobe.plan import EXTENSIONS, NOISE_ARMS, Arm, Mode, Plan, Prompt, make_plan, sequence, tokens_needed
+
+PROMPT = Prompt("p", (5, 6, 7))
+N = 3
+
+
+def plan(mode: Mode = Mode.AS_DESIGNED, **more: object) -> Plan:
+    return make_plan(mode, PROMPT, **({"steps": 1, "seed": 0, "max_positions": 99} | more))  # type: ignore[arg-type]
+
+
+def arms(found: Plan, name: str) -> list[Arm]:
+    return [arm for arm in found.arms if arm.name == name]
+
+
+def test_as_designed_has_all_arms_but_a():
+    names = {arm.name for arm in plan().arms}
+    assert names == {"P", "D", "P'", "D'", *(f"E{m}" for m in EXTENSIONS), *(f"N{i + 1}" for i in range(NOISE_ARMS))}
+
+
+def test_kv_aligned_adds_arm_a_alone():
+    assert {a.name for a in plan(Mode.KV_ALIGNED).arms} - {a.name for a in plan().arms} == {"A"}
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_prefill_and_decode_read_the_same_positions(steps):
+    found = plan(Mode.KV_ALIGNED, steps=steps)
+    positions = {name: [(r.step, r.position) for r in found.reads if r.arm == name] for name in ("P", "D", "A", "E7")}
+    assert positions["P"] == [(k, N + k) for k in range(steps)]
+    assert len(set(map(tuple, positions.values()))) == 1
+
+
+def test_a_prefill_ends_at_its_token_and_decode_feeds_it_alone():
+    found = plan(steps=2)
+    assert [(call.start, call.stop) for arm in arms(found, "P") for call in arm.passes] == [(0, 4), (0, 5)]
+    assert [(call.start, call.stop) for arm in arms(found, "D") for call in arm.passes] == [(0, 3), (3, 4), (4, 5)]
+
+
+def test_the_extensions_are_longer_by_their_number():
+    for m in EXTENSIONS:
+        (arm,) = arms(plan(steps=2), f"E{m}")
+        assert [(call.start, call.stop) for call in arm.passes] == [(0, N + 2 + m)]
+
+
+def test_an_extension_that_the_model_has_no_room_for_is_left_out():
+    names = {arm.name for arm in plan(max_positions=N + 1 + 7).arms}
+    assert {"E1", "E7"} <= names
+    assert "E31" not in names
+
+
+def test_only_p_keeps_rows_and_only_a_takes_them():
+    found = plan(Mode.KV_ALIGNED, steps=2)
+    assert [arm.keeps_rows_for for arm in arms(found, "P")] == [0, 1]
+    assert {arm.name for arm in found.arms if arm.keeps_rows_for is not None} == {"P"}
+    assert [call.aligned_to for arm in arms(found, "A") for call in arm.passes] == [None, 0, 1]
+    assert {arm.name for arm in found.arms for call in arm.passes if call.aligned_to is not None} == {"A"}
+
+
+def test_noise_arms_have_seeds_of_their_own_and_can_be_left_out():
+    seeds = [arm.noise_seed for arm in plan(seed=4).arms if arm.name.startswith("N")]
+    assert len(set(seeds)) == NOISE_ARMS
+    assert seeds != [arm.noise_seed for arm in plan(seed=5).arms if arm.name.startswith("N")]
+    assert not [arm for arm in plan(noise=False).arms if arm.name.startswith("N")]
+
+
+def test_phases_are_written_with_their_step():
+    assert {r.phase_name for r in plan(steps=2).reads} == {
+        "prefill_last", "decode0", "decode1", "prefill_ext", "prefill_noise"}  # fmt: skip
+
+
+def test_the_sequence_is_prompt_continuation_filler():
+    assert sequence(PROMPT, [8], 7) == (5, 6, 7, 8, 5, 6, 7)
+    assert tokens_needed(plan()) == N + 1 + max(EXTENSIONS)
+
+
+def test_a_prompt_of_one_token_works():
+    assert make_plan(Mode.AS_DESIGNED, Prompt("p", (5,)), steps=1, seed=0, max_positions=2).arms
+
+
+@pytest.mark.parametrize(
+    ("tokens", "what", "measured"), [((), "empty prompt", "0 tokens"), ((1, 2), "prompt too long", "2 tokens + 3")]
+)
+def test_a_prompt_that_does_not_fit_is_refused_in_five_parts(tokens, what, measured):
+    with pytest.raises(UsageError) as caught:
+        make_plan(Mode.AS_DESIGNED, Prompt("mine", tokens), steps=3, seed=0, max_positions=4)
+    error = caught.value
+    assert what in error.what
+    assert "mine" in error.where
+    assert measured in error.measured
+    assert error.allowed
+    assert error.next_step

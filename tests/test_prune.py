@@ -1,0 +1,101 @@
+"""--payload failing: what is kept, that the verdict stands without the rest, and that the trace stays valid."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from driftprobe.fingerprint import Array
+from driftprobe.judgement import TraceJudgement, Verdict
+from driftprobe.payload import FOLDER, Payloads, write_payloads
+from driftprobe.prune import KEPT_FROM, prune_payloads
+from driftprobe.trace import Trace, TraceWriter, read_trace
+from driftprobe.validate import validate
+from driftprobe.verdict import judge_trace
+from make_trace import Change, drifting, toy, unchanged
+
+D = ("D", "D'")
+TAPS = ("x_in", "q_proj", "k_cache", "v_cache", "x_out")
+
+
+def written(folder: Path, change: Change) -> Trace:
+    """A trace on disk with the whole tensors of arms P and D."""
+    trace, arrays = toy(change, taps=TAPS)
+    kept: dict[str, dict[str, Array]] = {"P": {}, "D": {}}
+    records = []
+    for record in trace.records:
+        if record.arm in kept:
+            name = f"{record.step}.{record.layer}.{record.tensor}"
+            whole = arrays.get(record)
+            assert whole is not None
+            kept[record.arm][name] = whole
+            record = replace(record, payload=f"{FOLDER}/p0.{record.arm}.safetensors#{name}")  # noqa: PLW2901
+        records.append(record)
+    for arm, body in kept.items():
+        write_payloads(folder / FOLDER / f"p0.{arm}.safetensors", body)
+    with TraceWriter(folder / trace.path, trace.header) as writer:
+        for record in records:
+            writer.record(record)
+    return read_trace(folder / trace.path)
+
+
+def pruned(folder: Path, change: Change) -> tuple[TraceJudgement, TraceJudgement, set[tuple[int | None, str]]]:
+    """The judgement before and after, and the places whose tensors are kept."""
+    trace = written(folder, change)
+    before = judge_trace(trace, Payloads(folder))
+    prune_payloads(trace, before, folder)
+    after = read_trace(folder / trace.path)
+    kept = {(r.layer, r.tensor) for r in after.records if r.payload}
+    return before, judge_trace(after, Payloads(folder)), kept
+
+
+def test_a_clean_run_keeps_its_logits_alone(tmp_path):
+    before, after, kept = pruned(tmp_path, unchanged)
+    assert kept == {(None, "logits")}
+    assert before.verdict is after.verdict is Verdict.NO_DRIFT
+
+
+def test_a_failing_run_keeps_what_failed(tmp_path):
+    before, after, kept = pruned(tmp_path, drifting(0.1, D, (1, "q_proj"), caches=False))
+    assert kept == {(1, "q_proj"), (1, "x_out"), (None, "final_norm"), (None, "logits")}
+    assert before.verdict is after.verdict is Verdict.MISMATCH
+    assert before.first_failure == after.first_failure
+
+
+def test_a_failing_cache_keeps_the_rows_of_every_layer(tmp_path):
+    _, after, kept = pruned(tmp_path, drifting(0.1, D, (1, "k_cache")))
+    assert (0, "k_cache") in kept
+    assert after.rows
+
+
+def test_a_drift_near_its_limit_keeps_its_tensors(tmp_path):
+    """Else its sketch, which errs by some 9 %, could turn a pass into a failure behind the reader's back."""
+    limit = judge_trace(toy(unchanged, taps=TAPS)[0], Payloads(tmp_path)).cells[1].floor.limit
+    assert KEPT_FROM < 1
+    before, after, kept = pruned(tmp_path, drifting(0.9 * limit, D, (0, "x_in")))
+    assert (0, "x_in") in kept
+    assert [c.status for c in before.cells] == [c.status for c in after.cells]
+
+
+@pytest.mark.parametrize("change", [unchanged, drifting(0.1, D)])
+def test_the_pruned_folder_is_valid(tmp_path, change):
+    pruned(tmp_path, change)
+    assert validate(tmp_path).problems == ()
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_a_file_of_which_nothing_is_kept_is_removed(tmp_path):
+    trace = written(tmp_path, unchanged)
+    judged = judge_trace(trace, Payloads(tmp_path))
+    bare = replace(trace, records=tuple(replace(r, payload=None) if r.tensor == "logits" else r for r in trace.records))
+    prune_payloads(bare, judged, tmp_path)
+    assert not list((tmp_path / FOLDER).iterdir())
+
+
+def test_an_incomplete_trace_is_left_as_it_is(tmp_path):
+    trace = written(tmp_path, unchanged)
+    before = (tmp_path / trace.path).read_bytes()
+    prune_payloads(replace(trace, damage="cut"), judge_trace(trace, Payloads(tmp_path)), tmp_path)
+    assert (tmp_path / trace.path).read_bytes() == before
