@@ -328,3 +328,7 @@ def test_a_control_of_unknown_drift_is_not_listed_as_zero():
     only = lambda site, array: None if site.arm == "E1" and site.tensor != "x_in" else array  # noqa: E731
     trace, _ = toy(both(drifting(0.1, ("E1",)), only), arms=("E1", "E7"))
     assert judge_trace(stripped(trace, **HASHED), NONE).controls == {"E7": 0.0}
+
+
+def test_hashes_alone_have_no_detection_limit():
+    assert judge_trace(bare(toy()[0]), NONE).limits is None

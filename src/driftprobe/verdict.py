@@ -206,7 +206,8 @@ def _words(failure: Failure) -> str:
 
 
 def _limits(cells: Sequence[Cell]) -> Limits | None:
-    judged = [cell for cell in cells if cell.tensor != "embed"]
+    """Return the limits over the taps whose drift could have been sized; hashes and norms alone size none."""
+    judged = [cell for cell in cells if cell.tensor != "embed" and cell.reference.sketch and cell.candidate.sketch]
     if not judged:
         return None
     low, high = (f(judged, key=lambda cell: cell.floor.value) for f in (min, max))

@@ -239,7 +239,7 @@ def limits_words(judgement: Judgement) -> str:
     """Return the detection limit in a sentence or two."""
     limits = judgement.limits
     if limits is None:
-        return "There is no detection limit: nothing was compared."
+        return "There is no detection limit: these traces show whether tensors are equal, not how far apart they are."
     return (
         f"The smallest relative error that this run could have told from rounding is {number(limits.smallest)} "
         f"(at {limits.smallest_at}); at its least sensitive tap it is {number(limits.largest)} "
