@@ -60,9 +60,7 @@ def _clip(x: float) -> float:
     return max(-LARGEST, min(LARGEST, x))
 
 
-arrays = hnp.arrays(
-    np.float32, hnp.array_shapes(min_dims=1, max_dims=3, max_side=6), elements=st.floats(width=32)
-)
+arrays = hnp.arrays(np.float32, hnp.array_shapes(min_dims=1, max_dims=3, max_side=6), elements=st.floats(width=32))
 
 
 @given(arrays)
@@ -130,10 +128,7 @@ def test_norm_of_the_sketch_is_exact_where_each_bucket_has_one_element(x):
 
 def test_norm_of_the_sketch_is_within_its_stated_error():
     rng = np.random.default_rng(1)
-    ratios = [
-        (l2_norm(np.array(sketch(x))) / l2_norm(x)) ** 2
-        for x in (rng.standard_normal(4096) for _ in range(400))
-    ]
+    ratios = [(l2_norm(np.array(sketch(x))) / l2_norm(x)) ** 2 for x in (rng.standard_normal(4096) for _ in range(400))]
     assert abs(np.mean(ratios) - 1) < 0.05
     assert 0.7 < np.std(ratios) / math.sqrt(2 / SKETCH_SIZE) < 1.3
 
@@ -159,9 +154,7 @@ def test_statistics_are_finite_whatever_the_tensor(array):
     assert found.nan_count == np.isnan(array).sum()
     assert found.inf_count == np.isinf(array).sum()
     assert found.nz_count + found.nan_count + found.inf_count <= array.size
-    assert (
-        found.min <= found.mean <= found.max or math.isclose(found.mean, found.min) or found.min == found.max
-    )
+    assert found.min <= found.mean <= found.max or math.isclose(found.mean, found.min) or found.min == found.max
 
 
 def test_overflow_saturates():

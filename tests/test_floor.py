@@ -16,11 +16,13 @@ from driftprobe.floor import (
     BOUND_WITHOUT_NOISE,
     LIMIT,
     NEIGHBOURS,
+    SUM_BOUND,
     UNKNOWN_DTYPE,
     Floors,
     innocent,
     is_control,
     measure_floors,
+    multiple_without_noise,
 )
 from driftprobe.impact import RMS_TO_MAX
 from driftprobe.plan import EXTENSIONS, NOISE_ARMS
@@ -55,12 +57,12 @@ def one_tap(arm: str, layer: int, tensor: str, size: float) -> Change:
 @pytest.mark.parametrize(("layer", "tensor", "depth"), [(0, "x_in", 0), (3, "x_in", 3), (None, "embed", 0)])
 def test_without_noise_arms_the_bound_grows_with_the_root_of_the_depth(layer, tensor, depth):
     floor = floors_of(layers=4).by_place[(layer, tensor)]
-    assert floor.value == pytest.approx(BOUND_WITHOUT_NOISE * math.sqrt(1 + depth) * U)
+    assert floor.value == pytest.approx((BOUND_WITHOUT_NOISE + SUM_BOUND) * math.sqrt(1 + depth) * U)
     assert floor.source.endswith("u of float32")
 
 
 def test_the_output_is_as_deep_as_all_layers_also_where_the_header_does_not_count_them():
-    expected = BOUND_WITHOUT_NOISE * math.sqrt(1 + 4) * U
+    expected = (BOUND_WITHOUT_NOISE + SUM_BOUND) * math.sqrt(1 + 4) * U
     assert floors_of(layers=4).by_place[(None, "logits")].value == pytest.approx(expected)
     assert floors_of(layers=4, facts={"layers": 0}).by_place[(None, "logits")].value == pytest.approx(expected)
 
@@ -79,7 +81,10 @@ def test_the_limit_is_a_multiple_of_the_floor():
 
 
 def test_the_models_own_dtype_sets_the_bound():
-    assert floors_of(dtype="float16").by_place[(0, "x_in")].value == BOUND_WITHOUT_NOISE * UNIT_ROUNDOFF["float16"]
+    coarse = BOUND_WITHOUT_NOISE * UNIT_ROUNDOFF["float16"] + SUM_BOUND * U  # sums stay in float32
+    assert floors_of(dtype="float16").by_place[(0, "x_in")].value == pytest.approx(coarse)
+    fine = (BOUND_WITHOUT_NOISE + SUM_BOUND) * UNIT_ROUNDOFF["float64"]  # and here in float64
+    assert floors_of(dtype="float64").by_place[(0, "x_in")].value == pytest.approx(fine)
 
 
 def test_a_declared_cast_counts_everywhere():
@@ -111,7 +116,7 @@ def test_a_finer_tensor_does_not_lower_the_bound():
 def test_a_dtype_that_nobody_says_is_assumed_to_be_coarse():
     trace, _ = toy()
     floor = of_trace(bare(trace)).by_place[(0, "x_in")]
-    assert floor.value == BOUND_WITHOUT_NOISE * UNIT_ROUNDOFF[UNKNOWN_DTYPE]
+    assert floor.value == multiple_without_noise(UNKNOWN_DTYPE, 0) * UNIT_ROUNDOFF[UNKNOWN_DTYPE]
     assert "assumed" in floor.source
 
 
@@ -120,14 +125,14 @@ def test_a_dtype_that_nobody_says_is_assumed_to_be_coarse():
 
 @pytest.mark.parametrize("arm", ["P'", "D'", "E1", "E7"])
 def test_an_innocent_control_raises_the_floor_to_its_drift(arm):
-    size = 2 * BOUND_WITHOUT_NOISE * U
+    size = 2 * (BOUND_WITHOUT_NOISE + SUM_BOUND) * U
     floor = floors_of(one_tap(arm, 0, "q_proj", size)).by_place[(0, "q_proj")]
     assert floor.value == pytest.approx(size, rel=0.4)
     assert floor.source == f"arm {arm}"
 
 
 def test_the_floor_is_pooled_over_neighbouring_layers_and_no_further():
-    size = 3 * BOUND_WITHOUT_NOISE * U * math.sqrt(5)
+    size = 3 * (BOUND_WITHOUT_NOISE + SUM_BOUND) * U * math.sqrt(5)
     floors = floors_of(one_tap("E1", 4, "q_proj", size), layers=9).by_place
     raised = {layer for layer in range(9) if floors[(layer, "q_proj")].source == "arm E1"}
     assert raised == set(range(4 - NEIGHBOURS, 4 + NEIGHBOURS + 1))
@@ -142,10 +147,10 @@ def test_noise_raises_the_bound_as_well_as_the_floor():
 
 def test_a_control_that_rounding_cannot_explain_raises_no_floor_anywhere():
     """Not at its worst tap, nor where its fault has shrunk to a size that rounding would explain."""
-    guilty = both(one_tap("E1", 0, "attn_scores", 0.1), one_tap("E1", 1, "q_proj", 20 * U))
+    guilty = both(one_tap("E1", 0, "attn_scores", 0.1), one_tap("E1", 1, "q_proj", 100 * U))
     floors = floors_of(guilty)
     assert {floor.source for floor in floors.by_place.values() if floor.source.startswith("arm")} == set()
-    assert floors_of(one_tap("E1", 1, "q_proj", 20 * U)).by_place[(1, "q_proj")].source == "arm E1"
+    assert floors_of(one_tap("E1", 1, "q_proj", 100 * U)).by_place[(1, "q_proj")].source == "arm E1"
 
 
 def test_innocence_is_judged_by_the_bound_not_by_the_floor():
@@ -181,7 +186,7 @@ def test_the_page_names_the_constants_as_they_are():
     page = (Path(__file__).parents[1] / "docs" / "how-it-decides.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `([A-Z_]+)` \| (\S+) \|$", page, flags=re.MULTILINE))
     constants = {"LIMIT": LIMIT, "BOUND_WITH_NOISE": BOUND_WITH_NOISE, "BOUND_WITHOUT_NOISE": BOUND_WITHOUT_NOISE,
-                 "NEIGHBOURS": NEIGHBOURS}  # fmt: skip
+                 "SUM_BOUND": SUM_BOUND, "NEIGHBOURS": NEIGHBOURS}  # fmt: skip
     assert table == {name: f"{value:g}" for name, value in constants.items()} | {"UNKNOWN_DTYPE": UNKNOWN_DTYPE}
     assert f"`RMS_TO_MAX` ({RMS_TO_MAX:g})" in page
     assert ", ".join(f"E{m}" for m in EXTENSIONS) in page

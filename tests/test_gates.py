@@ -135,12 +135,12 @@ def test_a_trace_without_embed_is_not_held_to_it():
 
 @pytest.mark.parametrize("arm", ["P'", "D'"])
 def test_a_run_to_run_drift_within_rounding_joins_the_floor(arm):
-    found = judged(at(arm, 0, "q_proj", lambda x: scaled(x, 1e-6)))
+    found = judged(at(arm, 0, "q_proj", lambda x: scaled(x, 4e-6)))
     gates = {g.name: g for g in found.gates}
     assert gates["deterministic"].passed
     assert "joins the floor" in gates["deterministic"].detail
     assert not found.determinism.equal
-    assert found.determinism.largest == pytest.approx(1e-6, rel=0.1)
+    assert found.determinism.largest == pytest.approx(4e-6, rel=0.1)
     assert {c.tensor for c in found.cells if c.floor.source == f"arm {arm}"} == {"q_proj"}
 
 

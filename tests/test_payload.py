@@ -67,9 +67,7 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path, place):
     array = np.arange(4.0)
     write_payloads(tmp_path / "x.safetensors", {"t": array})
     place = place.format(root=tmp_path)
-    refused(
-        tmp_path / "in", make_trace.record("P", None, "embed", array, payload=f"{place}#t"), "cannot be read"
-    )
+    refused(tmp_path / "in", make_trace.record("P", None, "embed", array, payload=f"{place}#t"), "cannot be read")
 
 
 def test_a_link_that_leaves_the_folder_is_refused(tmp_path):
@@ -86,9 +84,7 @@ def test_a_folder_link_that_leaves_the_folder_is_refused(tmp_path):
     refused(tmp_path / "in", record, "cannot be read")
 
 
-@pytest.mark.parametrize(
-    "reference", ["payloads/none.safetensors#t", "payloads#t", "#t", "a\0b#t", "x" * 5000 + "#t"]
-)
+@pytest.mark.parametrize("reference", ["payloads/none.safetensors#t", "payloads#t", "#t", "a\0b#t", "x" * 5000 + "#t"])
 def test_a_missing_file_is_refused(tmp_path, reference):
     stored(tmp_path, np.arange(4.0))
     record = make_trace.record("P", None, "embed", np.arange(4.0), payload=reference)
@@ -121,9 +117,7 @@ def test_a_truncated_file_is_refused_at_every_length(tmp_path):
         refused(tmp_path, record, "cannot be read")
 
 
-@pytest.mark.parametrize(
-    "data", [b"\x80\x04\x95cposix\nsystem\n", b"\xff" * 64, (2**62).to_bytes(8, "little") + b"{}"]
-)
+@pytest.mark.parametrize("data", [b"\x80\x04\x95cposix\nsystem\n", b"\xff" * 64, (2**62).to_bytes(8, "little") + b"{}"])
 def test_a_file_of_another_kind_is_refused(tmp_path, data):
     record = stored(tmp_path, np.arange(4.0))
     (tmp_path / FILE).write_bytes(data)

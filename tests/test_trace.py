@@ -25,9 +25,7 @@ def refused(path: Path, what: str, line: int, measured: str = "") -> None:
     """The trace is refused, and the message has its five parts."""
     with pytest.raises(TraceError) as caught:
         read_trace(path)
-    make_trace.assert_five_parts(
-        caught.value, what=what, where=f"{path.name}, line {line}", measured=measured
-    )
+    make_trace.assert_five_parts(caught.value, what=what, where=f"{path.name}, line {line}", measured=measured)
 
 
 def spoil(path: Path, line: int, **changes: object) -> Path:
@@ -178,9 +176,7 @@ def test_an_unknown_schema_version_is_refused(tmp_path, schema):
 
 def test_a_second_header_is_refused(tmp_path):
     bodies = make_trace.rows(make_trace.write(tmp_path))
-    refused(
-        make_trace.put(tmp_path / "t.jsonl", *bodies[:5], bodies[0], *bodies[5:]), "header out of place", 6
-    )
+    refused(make_trace.put(tmp_path / "t.jsonl", *bodies[:5], bodies[0], *bodies[5:]), "header out of place", 6)
 
 
 def test_records_without_a_header_are_refused(tmp_path):
@@ -260,9 +256,7 @@ def test_a_record_that_breaks_a_must_is_refused(tmp_path, changes, what):
 
 
 def test_row_hashes_that_disagree_with_the_shape_are_refused(tmp_path):
-    refused(
-        spoil(make_trace.write(tmp_path), 4, rows=["0x1"]), "shape disagrees with the rows", 4, "1 row hashes"
-    )
+    refused(spoil(make_trace.write(tmp_path), 4, rows=["0x1"]), "shape disagrees with the rows", 4, "1 row hashes")
     refused(spoil(make_trace.write(tmp_path), 4, shape=[], nz_count=1), "shape disagrees with the rows", 4)
 
 
@@ -313,9 +307,7 @@ def test_scan_does_not_blame_the_footer_for_a_line_that_it_could_not_read(tmp_pa
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["abs_sum", "min", "mean", "sketch"])
 def test_the_writer_refuses_what_the_reader_would(tmp_path, name, value):
-    record = replace(
-        make_trace.record("P", 0, "q_proj"), **{name: (value,) * 64 if name == "sketch" else value}
-    )
+    record = replace(make_trace.record("P", 0, "q_proj"), **{name: (value,) * 64 if name == "sketch" else value})
     with (
         pytest.raises(TraceError) as caught,
         TraceWriter(tmp_path / "t.jsonl", make_trace.header()) as writer,
@@ -349,9 +341,7 @@ def test_a_place_that_cannot_be_written_is_an_output_error(tmp_path):
 
 
 def test_layer_null_is_written_and_other_nothings_are_not():
-    body = json.loads(
-        encode_line("record", Record(prompt="p", phase="x", layer=None, tensor="embed", hash="0x1"))
-    )
+    body = json.loads(encode_line("record", Record(prompt="p", phase="x", layer=None, tensor="embed", hash="0x1")))
     assert body["layer"] is None
     assert "abs_sum" not in body
 

@@ -61,10 +61,7 @@ def test_every_problem_of_every_file_is_listed_with_its_line(tmp_path):
         for line, what in ((3, "empty name"), (7, "shape disagrees with the counts"), (11, "invalid JSON"))
     ]
     text = report.render()
-    assert (
-        "p0_as_designed.jsonl, line 7: problem: shape disagrees with the counts\n  measured: shape [0]"
-        in text
-    )
+    assert "p0_as_designed.jsonl, line 7: problem: shape disagrees with the counts\n  measured: shape [0]" in text
     assert text.endswith("2 files, 40 records, 6 problems, 2 warnings")
 
 

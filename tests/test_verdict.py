@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from driftprobe.compare import NoPayloads
-from driftprobe.floor import BOUND_WITHOUT_NOISE, LIMIT
+from driftprobe.floor import BOUND_WITHOUT_NOISE, LIMIT, SUM_BOUND
 from driftprobe.judgement import Reading, Status, TraceJudgement, Verdict
 from driftprobe.trace import Trace
 from driftprobe.verdict import judge, judge_trace
@@ -51,7 +51,7 @@ def test_equal_bits_are_no_drift():
 
 @pytest.mark.parametrize("share", [0.1, 0.9])
 def test_drift_within_the_limit_is_structural(share):
-    found = judged(drifting(share * LIMIT * BOUND_WITHOUT_NOISE * 2**-24 * 0.7, D))
+    found = judged(drifting(share * LIMIT * (BOUND_WITHOUT_NOISE + SUM_BOUND) * 2**-24 * 0.7, D))
     assert found.verdict is Verdict.STRUCTURAL_DRIFT
     assert "largest excess" in found.reason
     assert found.first_failure is None

@@ -23,6 +23,8 @@ BOUND_WITH_NOISE = 2.0
 """Unit roundoffs that a floor has at least, where arms N have measured what rounding does."""
 BOUND_WITHOUT_NOISE = 8.0
 """The same where they have not; grows with √(1 + layer), as independent roundings add up."""
+SUM_BOUND = 32.0
+"""Beside it, unit roundoffs of the dtype that sums are kept in: float32, or the model's own where that is finer."""
 NEIGHBOURS = 1
 """Layers on either side whose controls count too, so that one lucky zero makes no floor of zero."""
 UNKNOWN_DTYPE = "bfloat16"
@@ -141,8 +143,15 @@ def _recorded_dtypes(pairs: Iterable[Pair]) -> dict[Place, set[str]]:
 
 
 def _roundoff(where: Place, coarsest: _Coarsest, layers: int, noise_measured: bool) -> Floor:
-    multiple = BOUND_WITH_NOISE if noise_measured else BOUND_WITHOUT_NOISE * math.sqrt(1 + _depth(where, layers))
+    depth = _depth(where, layers)
+    multiple = BOUND_WITH_NOISE if noise_measured else multiple_without_noise(coarsest.dtype, depth)
     return Floor(multiple * UNIT_ROUNDOFF[coarsest.dtype], f"{multiple:.3g} u of {coarsest}")
+
+
+def multiple_without_noise(dtype: str, depth: int) -> float:
+    """Return the bound in unit roundoffs of a dtype, `depth` layers in, where no arm N has measured it."""
+    sums = min(1.0, UNIT_ROUNDOFF["float32"] / UNIT_ROUNDOFF[dtype])
+    return (BOUND_WITHOUT_NOISE + SUM_BOUND * sums) * math.sqrt(1 + depth)
 
 
 def _depth(where: Place, layers: int) -> int:

@@ -209,7 +209,9 @@ def _next_steps(judgement: Judgement, traces: Sequence[Trace]) -> list[_Step]:
         )
     if facts.faults(traces):
         words = "The planted fault is gone without `--fault`:" + _same_prompts(traces)
-        steps.append(("Judge the engine itself", words, facts.run_command("both", traces, fault=False, suffix="_clean")))
+        steps.append(
+            ("Judge the engine itself", words, facts.run_command("both", traces, fault=False, suffix="_clean"))
+        )
     return steps
 
 
