@@ -19,15 +19,17 @@ _ATTN_NORM = ("input_layernorm", "ln_1", "self_attn_layer_norm", "norm_1", "atte
 _FFN_NORM = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "final_layer_norm", "norm_2",
              "ffn_norm", "ln_mlp")  # fmt: skip
 _MLP = ("mlp", "block_sparse_moe", "feed_forward", "ffn", "moe")
-_Q, _K, _V = ("q_proj", "wq"), ("k_proj", "wk"), ("v_proj", "wv")
+_MLP_FIRST, _MLP_LAST = ("fc1",), ("fc2",)
+"""An MLP whose two projections stand in the layer itself (OPT)."""
+_MLP_RESULT = ("dense_4h_to_h",)
+"""The last projection of an MLP that also adds the residual (BLOOM)."""
+_Q, _K, _V = ("q_proj", "wq", "q_b_proj"), ("k_proj", "wk"), ("v_proj", "wv")
 _Q_NORM, _K_NORM = ("q_norm", "q_layernorm", "query_layernorm"), ("k_norm", "k_layernorm", "key_layernorm")
 _OUT = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 _ROUTER = ("gate", "router")
 _FINAL_NORM = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "norm_f")
-CONCATENATED = ("qkv_proj", "c_attn", "Wqkv")
-"""Fused projections whose output is all of q, then all of k, then all of v."""
-PER_HEAD = ("query_key_value",)
-"""Fused projections whose output is q, k, v of head 0, then of head 1, … (GPT-NeoX, BLOOM)."""
+_FUSED = ("qkv_proj", "c_attn", "Wqkv", "query_key_value", "kv_b_proj")
+"""Projections whose output holds more than one of q, k and v; how, a trial finds out (`fused.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,25 +44,26 @@ class Layer:
     k_proj: nn.Module | None
     v_proj: nn.Module | None
     fused: nn.Module | None
-    fused_per_head: bool
     q_norm: nn.Module | None
     k_norm: nn.Module | None
     out_proj: nn.Module | None
     ffn_norm: nn.Module | None
-    mlp: nn.Module | None
+    mlp_in: nn.Module | None
+    """What the MLP's input goes into."""
+    mlp_out: nn.Module | None
+    """What the MLP's result comes out of."""
     router: nn.Module | None
 
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """The modules of one model that carry taps, and the sizes needed to put heads on their own axis."""
+    """The modules of one model that carry taps, and the counts needed to put heads on their own axis."""
 
     embed: nn.Module | None
     layers: tuple[Layer, ...]
     final_norm: nn.Module | None
     heads: int
     kv_heads: int
-    head_dim: int
     rotary: bool
 
 
@@ -70,17 +73,14 @@ def dissect(model: Any) -> Anatomy:
     count = int(getattr(config, "num_hidden_layers", 0) or 0)
     parent, stack = _decoder_stack(model, count)
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    hidden = int(getattr(config, "hidden_size", 0) or 0)
-    head_dim = int(getattr(config, "head_dim", None) or (hidden // heads if heads else 0))
     return Anatomy(
         embed=model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None,
         layers=tuple(_layer(index, module) for index, module in enumerate(stack)),
         final_norm=_child(parent, _FINAL_NORM),
         heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        rotary=any("rotary" in name.rsplit(".", 1)[-1] for name, _ in model.named_modules()),
+        kv_heads=_kv_heads(config) or heads,
+        rotary=bool(getattr(config, "rotary_dim", None))
+        or any("rotary" in name.rsplit(".", 1)[-1] for name, _ in model.named_modules()),
     )
 
 
@@ -88,6 +88,14 @@ def text_config(model: Any) -> Any:
     """Return the configuration of the language part of a model."""
     config = getattr(model, "config", None)
     return config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+
+
+def _kv_heads(config: Any) -> int:
+    """Return the count of key/value heads where the configuration states one; Falcon has its own words for it."""
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1
+    names = ("num_key_value_heads", "num_kv_heads")
+    return next((int(count) for name in names if (count := getattr(config, name, None))), 0)
 
 
 def _decoder_stack(model: nn.Module, count: int) -> tuple[nn.Module, nn.ModuleList]:
@@ -107,9 +115,8 @@ def _layer(index: int, module: nn.Module) -> Layer:
     attention = _child(module, _ATTENTION)
     inner = _child(attention, _ATTENTION) if attention is not None else None
     core = inner if inner is not None else attention
-    fused = _child(core, CONCATENATED)
-    per_head = None if fused is not None else _child(core, PER_HEAD)
     mlp = _child(module, _MLP)
+    result = _child(mlp, _MLP_RESULT)
     return Layer(
         index=index,
         module=module,
@@ -118,13 +125,13 @@ def _layer(index: int, module: nn.Module) -> Layer:
         q_proj=_child(core, _Q),
         k_proj=_child(core, _K),
         v_proj=_child(core, _V),
-        fused=fused if fused is not None else per_head,
-        fused_per_head=per_head is not None,
+        fused=_child(core, _FUSED),
         q_norm=_child(core, _Q_NORM),
         k_norm=_child(core, _K_NORM),
         out_proj=_child(core, _OUT),
         ffn_norm=_child(module, _FFN_NORM),
-        mlp=mlp,
+        mlp_in=mlp if mlp is not None else _child(module, _MLP_FIRST),
+        mlp_out=result if result is not None else mlp if mlp is not None else _child(module, _MLP_LAST),
         router=_child(mlp, _ROUTER),
     )
 

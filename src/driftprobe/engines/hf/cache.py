@@ -1,50 +1,119 @@
-"""The cache objects of transformers, 4.40 to 5.x: making one, its own rows, listening to it."""
+"""The caches of transformers, 4.40 to 5.x: making one, its own rows, listening to it.
+
+Today's models are given a Cache object and write into it. Older ones hand back tuples of keys and values instead; a
+`TupleCache` holds those, so that the rest of the engine need not know.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
-from driftprobe.engines.hf.spy import Spy
+from driftprobe.engines.hf.spy import Heard, Rows, Spy
+from driftprobe.errors import ModelError
+
+Tensor = torch.Tensor
+
+
+_FIXED_SIZE = ("hybrid", "hybrid_chunked", "sliding_window", "static")
+
+
+class TupleCache:
+    """The cache of a model that returns `((keys, values), …)` and takes it back with the next call."""
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+    def get_seq_length(self) -> int:
+        """Return how many positions the rows stand for."""
+        return 0 if not self.value else int(stored_rows(self, 0)[0].shape[2])
 
 
 def new_cache(model: Any) -> Any:
-    """Return an empty cache of the kind that the model makes for itself."""
+    """Return an empty cache of the kind that the model makes for itself. Raises ModelError where that is beyond us."""
+    import transformers
     from transformers import DynamicCache
 
-    if "config" in inspect.signature(DynamicCache.__init__).parameters:
+    if knows_windows():
         return DynamicCache(config=model.config)
+    kind = getattr(model.config, "cache_implementation", None)
+    if kind in _FIXED_SIZE:
+        raise ModelError(
+            "this model's own cache cannot be driven here", where=type(model).__name__,
+            measured=f"a {kind} cache, of fixed size, under transformers {transformers.__version__}",
+            allowed="a cache that grows; a growing one in its place would lose the sliding window",
+            next_step="use transformers 4.56 or later, where this model has one",
+        )  # fmt: skip
     return DynamicCache()
 
 
-def stored_rows(cache: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+def knows_windows() -> bool:
+    """Whether this transformers' growing cache takes a configuration, and with it each layer's window (from 4.56)."""
+    from transformers import DynamicCache
+
+    return "config" in inspect.signature(DynamicCache.__init__).parameters
+
+
+def opened(past: Any) -> Any:
+    """Return what a model was called with, or gave back, as a cache."""
+    return TupleCache(past) if past is None or isinstance(past, tuple) else past
+
+
+def stored_rows(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
     """Return a cache layer's own keys and values, `[B, G, S, D]`, not copies."""
+    if isinstance(cache, TupleCache):
+        return _four_axes(*cache.value[layer][:2])
     if hasattr(cache, "layers"):
         return cache.layers[layer].keys, cache.layers[layer].values
     return cache.key_cache[layer], cache.value_cache[layer]
 
 
+def _four_axes(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values as `[B, G, S, D]`; BLOOM kept `[B·H, D, S]` and `[B·H, S, D]`."""
+    if values.dim() == 4:
+        return keys, values
+    turned = keys.shape[1] == values.shape[2]
+    return (keys.transpose(1, 2) if turned else keys).unsqueeze(0), values.unsqueeze(0)
+
+
 def layer_count(cache: Any) -> int:
     """Return how many layers hold rows."""
+    if isinstance(cache, TupleCache):
+        return len(cache.value or ())
     return len(cache.layers if hasattr(cache, "layers") else cache.key_cache)
 
 
 @contextmanager
-def updates_heard(cache: Any, spy: Spy) -> Iterator[None]:
-    """Listen to one cache object's `update` while the context lasts."""
-    update: Callable[..., Any] = cache.update
-
-    def listening(key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kw: Any) -> Any:
-        output = update(key_states, value_states, layer_idx, *args, **kw)
-        spy.cache_update(layer_idx, key_states, output[0], output[1])
-        return output
-
-    cache.update = listening
+def rows_heard(model: Any, cache: Any, spy: Spy, heard: Heard) -> Iterator[None]:
+    """Listen to what goes into one cache, and comes out, while the context lasts."""
+    if isinstance(cache, TupleCache):
+        hook = model.register_forward_hook(partial(_handed_back, heard), prepend=True)  # before anyone changes them
+        undo: Callable[[], None] = hook.remove
+    else:
+        cache.update = _listening(cache.update, spy)
+        undo = partial(delattr, cache, "update")
     try:
         yield
     finally:
-        del cache.update
+        undo()
+
+
+def _listening(update: Callable[..., Any], spy: Spy) -> Callable[..., Any]:
+    def listening(key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kw: Any) -> Any:
+        output = update(key_states, value_states, layer_idx, *args, **kw)
+        spy.cache_update(layer_idx, key_states, value_states, output[0], output[1])
+        return output
+
+    return listening
+
+
+def _handed_back(heard: Heard, _model: object, _args: object, output: Any) -> None:
+    cache = TupleCache(output.past_key_values)
+    for layer in range(layer_count(cache)):
+        keys, values = stored_rows(cache, layer)
+        heard.cache[layer] = Rows(keys[0].detach().clone(), values[0].detach().clone())

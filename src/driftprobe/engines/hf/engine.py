@@ -8,20 +8,24 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from driftprobe.engines.base import Tapped
 from driftprobe.engines.hf.anatomy import dissect, text_config
-from driftprobe.engines.hf.cache import new_cache, stored_rows, updates_heard
+from driftprobe.engines.hf.cache import TupleCache, layer_count, new_cache, rows_heard, stored_rows
+from driftprobe.engines.hf.fused import same_bits
 from driftprobe.engines.hf.noise import rounding_noise
-from driftprobe.engines.hf.planting import plant
-from driftprobe.engines.hf.spy import Heard, Place, Rows, Spy
+from driftprobe.engines.hf.planting import cannot_act, plant
+from driftprobe.engines.hf.spy import Heard, Learned, Rows, Spy
+from driftprobe.engines.hf.trial import learn, taps_of, trial_length
 from driftprobe.errors import EngineError, ModelError
 from driftprobe.fingerprint import DTYPES, Array
 from driftprobe.plan import Arm, Pass, Phase, Read
 from driftprobe.taps import BY_NAME, execution_order
 from driftprobe.trace import EngineFacts, Event
 
-_TRIAL_TOKENS = 2
+_SAMPLE = 6
+"""Tokens of the run that shows whether a planted fault changes anything."""
 NO_LIMIT = 1 << 20
 """Positions allowed where a model states no limit of its own (ALiBi, state-space)."""
 
@@ -38,9 +42,14 @@ class HFEngine:
     def __init__(self, model: Any, tokenizer: Any = None, *, label: str = "") -> None:
         self.model, self.tokenizer = model, tokenizer
         self.anatomy = dissect(model)
-        self._label = label or type(model).__name__
+        self._label = label or f"object:{type(model).__name__}"
         self._kept: dict[int, dict[int, Rows]] = {}
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        self._returns_dict = "return_dict" in parameters
+        self._learned = Learned()
+        self._makes_tuples = self._hands_back_tuples()
+        self._inner_cast = self._casts_inside()
         self.taps = self._trial()
 
     @property
@@ -54,12 +63,12 @@ class HFEngine:
             version=f"transformers {transformers.__version__}, torch {torch.__version__}",
             model=self._label,
             dtype=str(self.model.dtype).removeprefix("torch."),
-            casts=_casts(self.model),
+            casts=self._casts,
             attention=str(getattr(config, "_attn_implementation", None) or "eager"),
             layers=len(self.anatomy.layers),
             heads=self.anatomy.heads,
             kv_heads=self.anatomy.kv_heads,
-            vocabulary=int(getattr(config, "vocab_size", 0) or 0),
+            vocabulary=self._vocabulary,
             max_positions=int(getattr(config, "max_position_embeddings", 0) or NO_LIMIT),
             device=str(self.model.device),
         )
@@ -81,7 +90,7 @@ class HFEngine:
     def greedy(self, token_ids: Sequence[int], steps: int) -> list[int]:
         """Return the model's own next tokens from a cached run (smallest id where logits tie)."""
         with self._evaluating():
-            cache, chosen = new_cache(self.model), list(token_ids)
+            cache, chosen = self._cache(), list(token_ids)
             output = self._forward(chosen, 0, cache)
             for step in range(steps):
                 chosen.append(int(torch.nan_to_num(output.logits[0, -1]).argmax()))
@@ -91,9 +100,9 @@ class HFEngine:
 
     def run(self, arm: Arm, token_ids: Sequence[int], layers: frozenset[int]) -> Iterator[Tapped | Event]:
         """Run one arm on a fresh cache; see Engine.run."""
-        spy = Spy(self.anatomy, layers)
+        spy = Spy(self.anatomy, self._learned, layers)
         with self._evaluating(), self._noise(arm), spy.installed():
-            cache = new_cache(self.model)
+            cache = self._cache()
             for call in arm.passes:
                 if call.aligned_to is not None:
                     yield self._align(arm, call, cache)
@@ -106,18 +115,39 @@ class HFEngine:
                     self._kept[arm.keeps_rows_for] = heard.cache
                 yield from _hand_out(heard, call.reads, self.anatomy.layers)
 
-    def plant(self, fault: str) -> AbstractContextManager[None]:
-        """Plant a fault in this model while the context lasts; see planting.py."""
-        return plant(fault, self.model, self.anatomy)
+    @contextmanager
+    def plant(self, fault: str) -> Iterator[None]:
+        """Plant a fault in this model while the context lasts; see planting.py.
+
+        Raises UsageError where the fault is unknown, cannot act in this model, or changes nothing in a sample run.
+        """
+        clean = self._sample()
+        with plant(fault, self.model, self.anatomy, latent=bool(self._learned.expanded)):
+            try:
+                changed = self._sample()
+            except EngineError as error:
+                raise cannot_act(fault, error.measured, "a model that runs with the fault in it") from error
+            if all(map(same_bits, clean, changed)):
+                raise cannot_act(fault, "not one bit of cache or logits changes in a short run of this model",
+                                 "a model that computes what the fault breaks")  # fmt: skip
+            yield
+
+    def _sample(self) -> list[torch.Tensor]:
+        """Return the logits of one decode step after a short prefill, and the cache rows that it leaves."""
+        tokens = self._some_tokens(_SAMPLE)
+        with self._evaluating():
+            cache = self._cache()
+            self._forward(tokens[:-1], 0, cache)
+            logits = self._forward(tokens[-1:], _SAMPLE - 1, cache).logits
+        return [logits, *(rows for layer in range(layer_count(cache)) for rows in stored_rows(cache, layer))]
 
     def _listen(self, spy: Spy, call: Pass, token_ids: Sequence[int], cache: Any) -> Heard:
         wanted = tuple(read.position - call.start for read in call.reads)
         heard = Heard(wanted, call.start, call.stop - call.start)
-        spy.heard = heard
-        with updates_heard(cache, spy):
+        with spy.listening(heard), rows_heard(self.model, cache, spy, heard):
             output = self._forward(token_ids[call.start : call.stop], call.start, cache)
-        spy.take(None, "logits", output.logits)
-        spy.heard = None
+            spy.take(None, "logits", output.logits)
+        spy.finish(heard)
         return heard
 
     def _forward(self, token_ids: Sequence[int], start: int, cache: Any) -> Any:
@@ -125,14 +155,21 @@ class HFEngine:
         arguments: dict[str, Any] = {"input_ids": torch.tensor([list(token_ids)], device=device)}
         if self._takes_positions:
             arguments["position_ids"] = torch.arange(start, start + len(token_ids), device=device)[None]
+        if self._returns_dict:
+            arguments["return_dict"] = True
+        past = cache.value if isinstance(cache, TupleCache) else cache
         try:
-            return self.model(**arguments, past_key_values=cache, use_cache=True)
+            output = self.model(**arguments, past_key_values=past, use_cache=True)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
             raise EngineError(
                 "the model failed while it ran", where=f"{self._label}, tokens {start} to {start + len(token_ids) - 1}",
                 measured=f"{type(error).__name__}: {error}", allowed="a forward call with a cache",
-                next_step="try --attn eager or another --dtype; run the model alone to see whether it works there",
+                next_step="try --attn eager or another --dtype (experts in float64 need a model object with "
+                "config._experts_implementation = 'eager'); run the model alone to see whether it works there",
             ) from error  # fmt: skip
+        if isinstance(cache, TupleCache):
+            cache.value = output.past_key_values
+        return output
 
     def _align(self, arm: Arm, call: Pass, cache: Any) -> Event:
         """Replace cache rows [0, call.start) by P's, then read every layer back and count what differs."""
@@ -143,7 +180,7 @@ class HFEngine:
                 aligned = wanted[:, : call.start][:, -stored.shape[2] :]
                 stored[0].copy_(aligned)
                 back = stored_rows(cache, layer)[0 if wanted is source.keys_GSD else 1][0]
-                different += int((back != aligned).any(dim=-1).any(dim=0).sum())
+                different += int(_differing(back, aligned).any(dim=-1).any(dim=0).sum())
                 rows += aligned.shape[1]
         return Event(
             event="cache_readback", arm=arm.name, step=call.aligned_to, measured={"rows": rows, "different": different}
@@ -151,35 +188,67 @@ class HFEngine:
 
     def _trial(self) -> dict[str, tuple[int, ...]]:
         """Run a few tokens and one decode step, and return the taps that fired in both and fit their place."""
-        limit = self.facts.vocabulary or 1
-        tokens = [1 % limit] * (_TRIAL_TOKENS + 1)
-        spy = Spy(self.anatomy)
-        with self._evaluating(), spy.installed():
-            cache = new_cache(self.model)
-            read = Read("P", Phase.PREFILL_LAST, 0, _TRIAL_TOKENS - 1)
-            prefill = self._listen(spy, Pass(0, _TRIAL_TOKENS, (read,)), tokens, cache)
-            read = Read("D", Phase.DECODE, 0, _TRIAL_TOKENS)
-            decode = self._listen(spy, Pass(_TRIAL_TOKENS, _TRIAL_TOKENS + 1, (read,)), tokens, cache)
-        found: dict[str, list[int]] = {}
-        for layer, tensor in sorted(prefill.taps.keys() & decode.taps.keys(), key=lambda p: execution_order(*p)):
-            if tensor in BY_NAME and _fits((layer, tensor), prefill) and _fits((layer, tensor), decode):
-                found.setdefault(tensor, []).extend([] if layer is None else [layer])
-        return {tensor: tuple(where) for tensor, where in found.items()}
+        length = trial_length(self.anatomy)
+        tokens = self._some_tokens(length + 1)
+        prefill = Pass(0, length, (Read("P", Phase.PREFILL_LAST, 0, length - 1),))
+        decode = Pass(length, length + 1, (Read("D", Phase.DECODE, 0, length),))
+        with self._evaluating():
+            spy = Spy(self.anatomy, self._learned, trial=True)
+            with spy.installed():
+                learn(self._listen(spy, prefill, tokens, self._cache()), self.anatomy, self._learned)
+            spy = Spy(self.anatomy, self._learned, trial=True)
+            with spy.installed():
+                cache = self._cache()
+                return taps_of([self._listen(spy, call, tokens, cache) for call in (prefill, decode)])
+
+    def _some_tokens(self, count: int) -> list[int]:
+        return [1 + i if 1 + i < self._vocabulary else 0 for i in range(count)]
+
+    def _cache(self) -> Any:
+        return TupleCache() if self._makes_tuples else new_cache(self.model)
+
+    def _hands_back_tuples(self) -> bool:
+        """Whether the model leaves a Cache object empty, or fails on it: it is of the time before those."""
+        self._makes_tuples = False
+        cache = new_cache(self.model)
+        with self._evaluating():
+            try:
+                self._forward(self._some_tokens(2), 0, cache)
+            except Exception:  # whatever an older model does with an object that it does not know
+                return True
+        return int(cache.get_seq_length()) == 0
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(getattr(text_config(self.model), "vocab_size", 0) or 0)
+
+    @property
+    def _casts(self) -> dict[str, str]:
+        return {**_casts(self.model), **self._inner_cast}
+
+    def _casts_inside(self) -> dict[str, str]:
+        """Return the float32 casts inside a float64 model; norms, RoPE and softmax have them."""
+        if self.model.dtype != torch.float64:
+            return {}
+        with self._evaluating(), Downcasts() as found:
+            self._forward(self._some_tokens(2), 0, self._cache())
+        return {"inside ops": "float32"} if found.seen else {}
 
     def _noise(self, arm: Arm) -> AbstractContextManager[None]:
         if arm.noise_seed is None:
             return nullcontext()
-        return rounding_noise(self.model, arm.noise_seed, _casts(self.model))
+        return rounding_noise(self.model, arm.noise_seed, self._casts)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        training = self.model.training
+        before = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.model.train(training)
+            for module, training in before:  # one by one: parts of it may have been frozen
+                module.training = training
 
 
 def to_array(tensor: torch.Tensor) -> Array:
@@ -209,18 +278,8 @@ def _hand_out(heard: Heard, reads: Sequence[Read], layers: Sequence[Any]) -> Ite
                 )
 
 
-def _fits(place: Place, heard: Heard) -> bool:
-    """Whether a tap found by its module's name stands where the tap's definition says."""
-    layer, tensor = place
-    same = {
-        "attn_norm": "_attention_in",  # the norm must feed attention
-        "ffn_norm": "_mlp_in",  # and this one the MLP
-    }.get(tensor)
-    if same is not None:
-        return heard.identity.get(place) == heard.identity.get((layer, same))
-    if tensor == "x_mid":  # a parallel block has no stream between attention and MLP
-        return heard.identity.get(place) != heard.identity.get((layer, "x_in")) and _fits((layer, "ffn_norm"), heard)
-    return True
+def _differing(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return (left != right) & ~(left.isnan() & right.isnan())
 
 
 def _casts(model: Any) -> dict[str, str]:
@@ -231,3 +290,17 @@ def _casts(model: Any) -> dict[str, str]:
         return {"matmul": "tfloat32"}
     precision = torch.get_float32_matmul_precision()
     return {} if precision == "highest" else {"matmul": "tfloat32" if precision == "high" else "bfloat16"}
+
+
+class Downcasts(TorchFunctionMode):
+    """Notes whether any op makes float32 out of float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor) and output.dtype == torch.float32 and args:
+            self.seen |= isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64
+        return output

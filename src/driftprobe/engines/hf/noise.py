@@ -22,14 +22,15 @@ from driftprobe.fingerprint import UNIT_ROUNDOFF
 def rounding_noise(model: nn.Module, seed: int, casts: dict[str, str]) -> Iterator[None]:
     """Perturb every op of a model while the context lasts; embeddings are looked up, not computed, and stay exact."""
     generator = torch.Generator().manual_seed(seed)
-    coarsest_sum = max([UNIT_ROUNDOFF["float32"], *(UNIT_ROUNDOFF[dtype] for dtype in casts.values())])
+    own = "float64" if next(model.parameters()).dtype == torch.float64 else "float32"
+    coarsest_sum = max([UNIT_ROUNDOFF[own], *(UNIT_ROUNDOFF[dtype] for dtype in casts.values())])
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, nn.Embedding) or next(module.parameters(recurse=False), None) is None:
                 continue
             hook = _perturbing(_terms(module), coarsest_sum, generator)
             stack.callback(module.register_forward_hook(hook).remove)
-        stack.enter_context(_SoftmaxNoise(generator))
+        stack.enter_context(_SoftmaxNoise(coarsest_sum, generator))
         yield
 
 
@@ -38,8 +39,7 @@ def perturbed(value: torch.Tensor, terms: int, coarsest_sum: float, generator: t
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype not in UNIT_ROUNDOFF:
         return value
-    storage = UNIT_ROUNDOFF[dtype]
-    size = storage + float(terms**0.5) * (storage if dtype == "float64" else coarsest_sum)
+    size = UNIT_ROUNDOFF[dtype] + float(terms**0.5) * coarsest_sum
     wide = torch.promote_types(value.dtype, torch.float32)
     noise = torch.rand(value.shape, generator=generator, dtype=wide).to(value.device) * 2 - 1
     return (value.to(wide) * (1 + size * noise)).to(value.dtype)
@@ -65,11 +65,11 @@ def _perturbing(terms: int, coarsest_sum: float, generator: torch.Generator) -> 
 class _SoftmaxNoise(TorchFunctionMode):
     """Perturbs what goes into an attention's own softmax: scores that an eager kernel rounds to the model's dtype."""
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, coarsest_sum: float, generator: torch.Generator) -> None:
         super().__init__()
-        self.generator = generator
+        self.coarsest_sum, self.generator = coarsest_sum, generator
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") == "softmax" and isinstance(args[0], torch.Tensor) and args[0].dim() == 4:
-            args = (perturbed(args[0], 1, UNIT_ROUNDOFF["float32"], self.generator), *args[1:])
+            args = (perturbed(args[0], 1, self.coarsest_sum, self.generator), *args[1:])
         return func(*args, **(kwargs or {}))

@@ -1,23 +1,29 @@
-"""Listens to one forward call: forward hooks, the cache's `update`, and the attention function it calls.
+"""Listens to one forward call: forward hooks, the cache's `update`, and attention (`attention.py`).
 
-The model's code is not touched and the attention kernel that the user asked for still computes. Where a fused kernel
-hides the scores they are recomputed here from the captured query and key, and marked so.
+The model's code is not touched. What a module's name promises is checked in a trial first (`trial.py`).
 
 Axes: B batch (1), T tokens of this call, H query heads, G key/value heads, S visible rows, D head dimension.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from driftprobe.engines.hf.anatomy import Anatomy, Layer
+from driftprobe.engines.hf.attention import (
+    AttentionCall,
+    AttentionOps,
+    attention_calls,
+    columns,
+    scores_of,
+    sliding_window,
+)
+from driftprobe.engines.hf.fused import split
 
 Tensor = torch.Tensor
 Place = tuple[int | None, str]
@@ -32,6 +38,22 @@ class Rows:
 
 
 @dataclass(slots=True)
+class Learned:
+    """What a trial run found out about this model's tensors."""
+
+    head_first: set[Place] = field(default_factory=set)
+    """Taps that come as `[B, H, T, D]`."""
+    layouts: dict[int, str] = field(default_factory=dict)
+    """Layer -> how its fused projection is laid out (`fused.py`)."""
+    expanded: set[int] = field(default_factory=set)
+    """Layers whose cache holds something from which keys and values are made anew (a latent)."""
+    mid_from_mlp: set[int] = field(default_factory=set)
+    """Layers without a norm before the MLP: the MLP's input is the residual stream."""
+    router_outputs: dict[int, dict[str, int]] = field(default_factory=dict)
+    """Layer -> tap -> which of the router's outputs it is."""
+
+
+@dataclass(slots=True)
 class Heard:
     """What one forward call let us hear. Tensors are copies of the asked rows only."""
 
@@ -40,29 +62,40 @@ class Heard:
     first_position: int
     tokens: int
     taps: dict[Place, list[Tensor]] = field(default_factory=dict)
-    """Tap -> one tensor `[1, …]` for each wanted row."""
+    """Tap -> one tensor `[1, …]` for each wanted row; names that begin with _ are for the trial."""
     row_start: dict[Place, list[int]] = field(default_factory=dict)
     recomputed: set[Place] = field(default_factory=set)
+    unnamed: set[Place] = field(default_factory=set)
+    """Taps found as an operand of an op."""
     cache: dict[int, Rows] = field(default_factory=dict)
     """Layer -> the rows that the cache handed to attention."""
-    identity: dict[Place, int] = field(default_factory=dict)
-    """Tap -> address of the tensor it was taken from, to tell taps that are one and the same tensor."""
+    given: dict[int, Rows] = field(default_factory=dict)
+    """Layer -> keys and values that attention was given, where they are not the cache's rows or not known to be."""
+    windows: dict[int, int | None] = field(default_factory=dict)
+    """Layer -> the window that attention was called with."""
+    projected: dict[int, Tensor] = field(default_factory=dict)
+    """Layer -> output of its fused projection."""
+    routed: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    """Layer -> input and output of its router."""
 
     def visible(self, row: int, stored: int, window: int | None) -> tuple[int, int, int]:
         """Return (low, high, start): columns [low, high) of `stored` that a row may see, and the first's position."""
         position = self.first_position + row
-        offset = self.first_position + self.tokens - stored
-        start = max(offset, position + 1 - window if window else 0, 0)
+        offset = max(self.first_position + self.tokens - stored, 0)
+        start = max(offset, position + 1 - window if window else 0)
         return start - offset, position + 1 - offset, start
 
 
 class Spy:
     """Hooks for one model, put in once and listening only while a `Heard` is set."""
 
-    def __init__(self, anatomy: Anatomy, layers: frozenset[int] | None = None) -> None:
-        self.anatomy = anatomy
-        self.layers = layers
+    def __init__(
+        self, anatomy: Anatomy, learned: Learned, layers: frozenset[int] | None = None, *, trial: bool = False
+    ) -> None:
+        self.anatomy, self.learned, self.layers, self.trial = anatomy, learned, layers, trial
         self.heard: Heard | None = None
+        self.ops = AttentionOps()
+        self._inside: int | None = None
 
     @contextmanager
     def installed(self) -> Iterator[Spy]:
@@ -73,272 +106,202 @@ class Spy:
                     continue
                 register = module.register_forward_pre_hook if before else module.register_forward_hook
                 stack.callback(register(hook, with_kwargs=True).remove)
-            stack.enter_context(_attention_calls(self))
+            stack.enter_context(attention_calls(self.anatomy.layers, self))
             yield self
+
+    @contextmanager
+    def listening(self, heard: Heard) -> Iterator[None]:
+        """Fill `heard` while the context lasts."""
+        self.heard = heard
+        try:
+            with self.ops if heard.wanted else nullcontext():
+                yield
+        finally:
+            self.heard, self._inside = None, None
+            self.ops.clear()
 
     def _hooks(self) -> Iterator[tuple[Any, Callable[..., None], bool]]:
         yield self.anatomy.embed, self._output(None, "embed"), False
+        yield self.anatomy.final_norm, self._input(None, "_final_norm_in"), True
         yield self.anatomy.final_norm, self._output(None, "final_norm"), False
-        for layer in self._chosen():
-            i = layer.index
-            yield layer.module, self._input(i, "x_in"), True
-            yield layer.attn_norm, self._output(i, "attn_norm"), False
-            yield layer.attention, self._input(i, "_attention_in"), True
-            yield layer.q_proj, self._heads(i, "q_proj"), False
-            yield layer.k_proj, self._heads(i, "k_proj"), False
-            yield layer.v_proj, self._heads(i, "v_proj"), False
-            yield layer.fused, self._fused(layer), False
-            yield layer.q_norm, self._heads(i, "q_norm"), False
-            yield layer.k_norm, self._heads(i, "k_norm"), False
-            yield layer.out_proj, self._context_in(i), True
-            yield layer.out_proj, self._output(i, "attn_out"), False
-            yield layer.ffn_norm, self._input(i, "x_mid"), True
-            yield layer.ffn_norm, self._output(i, "ffn_norm"), False
-            yield layer.mlp, self._input(i, "_mlp_in"), True
-            yield layer.router, self._output(i, "router_logits"), False
-            yield layer.mlp, self._output(i, "mlp_out"), False
-            yield layer.module, self._output(i, "x_out"), False
+        for layer in self.anatomy.layers:
+            if self.layers is None or layer.index in self.layers:
+                yield from self._layer_hooks(layer)
 
-    def _chosen(self) -> list[Layer]:
-        return [layer for layer in self.anatomy.layers if self.layers is None or layer.index in self.layers]
+    def _layer_hooks(self, layer: Layer) -> Iterator[tuple[Any, Callable[..., None], bool]]:
+        i, heads, groups = layer.index, self.anatomy.heads, self.anatomy.kv_heads
+        yield layer.module, self._enter(i), True
+        yield layer.module, self._input(i, "x_in"), True
+        yield layer.attn_norm, self._output(i, "attn_norm"), False
+        yield layer.attention, self._input(i, "_attention_in"), True
+        for tensor, module, count in (("q_proj", layer.q_proj, heads), ("k_proj", layer.k_proj, groups),
+                                      ("v_proj", layer.v_proj, groups)):  # fmt: skip
+            yield module, self._output(i, tensor, count), False
+        yield layer.fused, self._fused(i), False
+        for tensor, module, count in (("q_norm", layer.q_norm, heads), ("k_norm", layer.k_norm, groups)):
+            yield module, self._input(i, f"_{tensor}_in", count), True
+            yield module, self._output(i, tensor, count), False
+        yield layer.out_proj, self._input(i, "attn_ctx", heads), True
+        yield layer.out_proj, self._output(i, "attn_out"), False
+        yield layer.attention, self._attention_done(i), False
+        if i not in self.learned.mid_from_mlp:
+            yield layer.ffn_norm, self._input(i, "x_mid"), True
+        yield layer.ffn_norm, self._output(i, "ffn_norm"), False
+        yield layer.mlp_in, self._input(i, "_mlp_in"), True
+        if i in self.learned.mid_from_mlp:
+            yield layer.mlp_in, self._input(i, "x_mid"), True
+        yield layer.router, self._router(i), False
+        yield layer.mlp_out, self._output(i, "mlp_out"), False
+        if self.trial:
+            for name, child in layer.module.named_children():
+                yield child, self._output(i, f"_child_{name}"), False
+        yield layer.module, self._output(i, "x_out"), False
 
     def hears(self, layer: int) -> bool:
         """Whether this layer's taps are wanted now."""
         return self.heard is not None and bool(self.heard.wanted) and (self.layers is None or layer in self.layers)
 
-    def _input(self, layer: int, tensor: str) -> Callable[..., None]:
+    def _enter(self, layer: int) -> Callable[..., None]:
+        def hook(_module: object, _args: object, _kwargs: object) -> None:
+            self._inside = layer
+
+        return hook
+
+    def _input(self, layer: int | None, tensor: str, count: int = 0) -> Callable[..., None]:
         def hook(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             value = args[0] if args else kwargs.get("hidden_states")
-            self.take(layer, tensor, value)
+            if tensor == "_attention_in" and self.hears(layer or 0):
+                self.ops.clear()
+            self.take(layer, tensor, value, count)
 
         return hook
 
-    def _output(self, layer: int | None, tensor: str) -> Callable[..., None]:
+    def _output(self, layer: int | None, tensor: str, count: int = 0) -> Callable[..., None]:
         def hook(_module: object, _args: object, _kwargs: object, output: Any) -> None:
-            self.take(layer, tensor, output[0] if isinstance(output, tuple) else output)
+            self.take(layer, tensor, output[0] if isinstance(output, tuple) else output, count)
 
         return hook
 
-    def _heads(self, layer: int, tensor: str) -> Callable[..., None]:
+    def _fused(self, layer: int) -> Callable[..., None]:
         def hook(_module: object, _args: object, _kwargs: object, output: Any) -> None:
-            self.take(layer, tensor, self._with_heads(output))
+            if not self.hears(layer) or self._inside != layer or not isinstance(output, Tensor):
+                return
+            assert self.heard is not None
+            if self.trial:
+                self.heard.projected[layer] = output
+            parts = split(self.learned.layouts.get(layer, ""), output, self.anatomy.heads, self.anatomy.kv_heads)
+            for tensor, part in parts.items():
+                self.take(layer, tensor, part)
 
         return hook
 
-    def _context_in(self, layer: int) -> Callable[..., None]:
-        def hook(_module: object, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-            if args:
-                self.take(layer, "attn_ctx", self._with_heads(args[0]))
+    def _router(self, layer: int) -> Callable[..., None]:
+        def hook(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not self.hears(layer):
+                return
+            assert self.heard is not None
+            if self.trial:
+                self.heard.routed[layer] = (args[0] if args else kwargs.get("hidden_states"), output)
+            for tensor, which in self.learned.router_outputs.get(layer, {}).items():
+                value = output[which] if isinstance(output, tuple) else output
+                # which experts, not the order in which top-k names them
+                self.take(layer, tensor, value.sort(dim=-1).values if tensor == "expert_ids" else value)
 
         return hook
 
-    def _fused(self, layer: Layer) -> Callable[..., None]:
-        def hook(_module: object, _args: object, _kwargs: object, output: Any) -> None:
-            for tensor, part in zip(("q_proj", "k_proj", "v_proj"), self._split(output, layer), strict=False):
-                self.take(layer.index, tensor, part)
+    def _attention_done(self, layer: int) -> Callable[..., None]:
+        def hook(_module: object, _args: object, _kwargs: object, _output: object) -> None:
+            heard = self.heard
+            if heard is None or not self.hears(layer) or layer in heard.windows:
+                return
+            call = self.ops.call()
+            if call is not None:
+                self.attention(layer, call, sliding_window(self.anatomy.layers[layer].attention, layer))
 
         return hook
 
-    def _split(self, fused: Tensor, layer: Layer) -> tuple[Tensor, ...]:
-        heads, groups, dim = self.anatomy.heads, self.anatomy.kv_heads, self.anatomy.head_dim
-        lead = fused.shape[:-1]
-        if layer.fused_per_head and fused.shape[-1] == 3 * heads * dim:
-            return fused.view(*lead, heads, 3, dim).unbind(-2)
-        if not layer.fused_per_head and fused.shape[-1] == (heads + 2 * groups) * dim:
-            parts = torch.split(fused, [heads * dim, groups * dim, groups * dim], dim=-1)
-            return tuple(self._with_heads(part) for part in parts)
-        return ()
+    def take(self, layer: int | None, tensor: str, value: object, count: int = 0) -> None:
+        """Copy the wanted rows of a `[B, T, …]`, `[B, H, T, D]` or `[T, …]` tensor; `count` heads have their own axis.
 
-    def _with_heads(self, value: Tensor) -> Tensor:
-        """Return `[B, T, C]` as `[B, T, heads, D]` where C is a multiple of the head dimension."""
-        dim = self.anatomy.head_dim
-        if value.dim() != 3 or not dim or value.shape[-1] % dim:
-            return value
-        return value.view(*value.shape[:-1], -1, dim)
-
-    def take(self, layer: int | None, tensor: str, value: object) -> None:
-        """Copy the wanted rows of a `[B, T, …]` tensor (or `[T, …]`, as routers give it)."""
+        A module shared by several layers tells of the layer that is running.
+        """
         heard = self.heard
         if heard is None or not heard.wanted or not isinstance(value, Tensor):
             return
-        heard.identity.setdefault((layer, tensor), value.data_ptr())
-        if value.dim() == 2 and value.shape[0] == heard.tokens:
-            value = value.unsqueeze(0)
-        if value.dim() < 3 or value.shape[:2] != (1, heard.tokens):
+        if layer is not None and layer != self._inside:
             return
-        heard.taps[(layer, tensor)] = [value[0, row : row + 1].detach().clone() for row in heard.wanted]
+        rows = self._token_rows((layer, tensor), value, heard.tokens)
+        if rows is None:
+            return
+        if count and rows.dim() == 2 and rows.shape[1] % count == 0:
+            rows = rows.view(rows.shape[0], count, -1) if rows.is_contiguous() else rows.reshape(len(rows), count, -1)
+        heard.taps[(layer, tensor)] = [rows[row : row + 1].detach().clone() for row in heard.wanted]
 
-    def cache_update(self, layer: int, new_key_BGTD: Tensor, keys_BGSD: Tensor, values_BGSD: Tensor) -> None:
+    def _token_rows(self, place: Place, value: Tensor, tokens: int) -> Tensor | None:
+        """Return a tensor as `[T, …]`, or None where it has no token axis."""
+        if value.dim() == 2:
+            return value if value.shape[0] == tokens else None
+        if value.dim() < 3 or value.shape[0] != 1:
+            return None
+        if self.trial and value.dim() == 4 and value.shape[2] == tokens != value.shape[1]:
+            self.learned.head_first.add(place)
+        if place in self.learned.head_first:
+            return value[0].transpose(0, 1) if value.shape[2] == tokens else None
+        return value[0] if value.shape[1] == tokens else None
+
+    def cache_update(
+        self, layer: int, new_key_BGTD: Tensor, new_value_BGTD: Tensor, keys_BGSD: Tensor, values_BGSD: Tensor
+    ) -> None:
         """Take what the cache was given and what it handed back in one layer."""
         heard = self.heard
         if heard is None:
             return
-        rows = Rows(keys_BGSD[0].detach().clone(), values_BGSD[0].detach().clone())
-        heard.cache[layer] = rows
-        if not self.hears(layer):
-            return
-        if self.anatomy.rotary:
-            self.take(layer, "k_rope", new_key_BGTD.transpose(1, 2))
-        window = sliding_window(self.anatomy.layers[layer].attention)
-        for tensor, stored in (("k_cache", rows.keys_GSD), ("v_cache", rows.values_GSD)):
-            spans = [heard.visible(row, stored.shape[1], window) for row in heard.wanted]
-            heard.taps[(layer, tensor)] = [stored[:, low:high].transpose(0, 1) for low, high, _ in spans]
-            heard.row_start[(layer, tensor)] = [start for _, _, start in spans]
+        heard.cache[layer] = Rows(keys_BGSD[0].detach().clone(), values_BGSD[0].detach().clone())
+        if self.hears(layer):
+            self.take(layer, "_value", new_value_BGTD.transpose(1, 2))
+            self.take(layer, "_key", new_key_BGTD.transpose(1, 2))
 
-    def attention(self, layer: int, call: AttentionCall) -> None:
-        """Take query, scores and probabilities of one call of the attention function."""
+    def finish(self, heard: Heard) -> None:
+        """Cut the cache rows of every layer to what each wanted row can see, once the call is over."""
+        for layer, cached in heard.cache.items():
+            if not heard.wanted or (self.layers is not None and layer not in self.layers):
+                continue
+            declared = sliding_window(self.anatomy.layers[layer].attention, layer)
+            window = heard.windows.get(layer, declared)
+            rows = heard.given.get(layer, cached) if layer in self.learned.expanded else cached
+            spans = [heard.visible(row, rows.keys_GSD.shape[1], window) for row in heard.wanted]
+            if layer in self.learned.expanded or (layer, "_value") not in heard.taps:
+                newest = [high - 1 for _, high, _ in spans]  # the cache was not given keys and values, or not heard
+                for name, stored in (("_key", rows.keys_GSD), ("_value", rows.values_GSD)):
+                    heard.taps[(layer, name)] = [stored[:, at : at + 1].transpose(0, 1) for at in newest]
+            if self.anatomy.rotary:
+                heard.taps[(layer, "k_rope")] = heard.taps[(layer, "_key")]
+            for tensor, stored in (("k_cache", rows.keys_GSD), ("v_cache", rows.values_GSD)):
+                heard.taps[(layer, tensor)] = [stored[:, low:high].transpose(0, 1) for low, high, _ in spans]
+                heard.row_start[(layer, tensor)] = [start for _, _, start in spans]
+
+    def attention(self, layer: int, call: AttentionCall, window: int | None) -> None:
+        """Take query, scores, probabilities and result of one computation of attention."""
         heard = self.heard
         if heard is None or not self.hears(layer):
             return
-        if self.anatomy.rotary:
+        heard.windows[layer] = window
+        if self.anatomy.rotary and call.query_BHTD is not None:
             self.take(layer, "q_rope", call.query_BHTD.transpose(1, 2))
-        scores, probs = [], []
+            heard.unnamed |= set() if call.named else {(layer, "q_rope")}
+        if call.output_BTHD is not None:
+            self.take(layer, "_attention_out", call.output_BTHD, self.anatomy.heads)
+        expanded = self.trial or layer in self.learned.expanded
+        if expanded and call.key_BGSD is not None and call.value_BGSD is not None:
+            heard.given[layer] = Rows(call.key_BGSD[0].detach().clone(), call.value_BGSD[0].detach().clone())
+        found = []
         for row in heard.wanted:
-            low, high, _ = heard.visible(row, call.key_BGSD.shape[2], call.window)
-            if call.seen is not None:
-                score, prob = (t[0, :, row, low:high] for t in call.seen)
-            else:
-                score, prob = recompute(call, row, low, high)
-            scores.append(_masked_to_infinity(score).unsqueeze(0).detach().clone())
-            probs.append(prob.unsqueeze(0).detach().clone())
-        heard.taps[(layer, "attn_scores")], heard.taps[(layer, "attn_probs")] = scores, probs
+            low, high, _ = heard.visible(row, columns(call), window)
+            pair = scores_of(call, row, low, high)
+            if pair is None:
+                return
+            found.append(tuple(t.unsqueeze(0).detach().clone() for t in pair))
+        scores, probs = zip(*found, strict=True)
+        heard.taps[(layer, "attn_scores")], heard.taps[(layer, "attn_probs")] = list(scores), list(probs)
         if call.seen is None:
             heard.recomputed |= {(layer, "attn_scores"), (layer, "attn_probs")}
-
-
-@dataclass(slots=True)
-class AttentionCall:
-    """The arguments of one call of an attention function, and what it showed of its softmax."""
-
-    query_BHTD: Tensor
-    key_BGSD: Tensor
-    mask: Tensor | None
-    scale: float
-    window: int | None
-    softcap: float | None
-    seen: tuple[Tensor, Tensor] | None
-    """Scores and probabilities `[B, H, T, S]` where the kernel let them be seen."""
-
-
-def recompute(call: AttentionCall, row: int, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Return scores and probabilities `[H, S]` of one query row, in float32 or the model's own wider dtype."""
-    wide = torch.promote_types(call.query_BHTD.dtype, torch.float32)
-    query_HD = call.query_BHTD[0, :, row].to(wide)
-    repeat = query_HD.shape[0] // call.key_BGSD.shape[1]
-    key_HSD = call.key_BGSD[0, :, low:high].to(wide).repeat_interleave(repeat, dim=0)
-    scores_HS = torch.einsum("hd,hsd->hs", query_HD, key_HSD) * call.scale
-    if call.softcap:
-        scores_HS = torch.tanh(scores_HS / call.softcap) * call.softcap
-    if call.mask is not None:
-        mask_HS = call.mask[0, :, min(row, call.mask.shape[2] - 1), low:high]
-        if mask_HS.dtype == torch.bool:
-            scores_HS = scores_HS.masked_fill(~mask_HS, -torch.inf)
-        else:
-            scores_HS = scores_HS + mask_HS
-    return scores_HS, torch.softmax(_masked_to_infinity(scores_HS), dim=-1)
-
-
-def sliding_window(attention: object) -> int | None:
-    """Return an attention module's window in tokens, or None where it sees everything."""
-    window = getattr(attention, "sliding_window", None)
-    if getattr(attention, "is_sliding", True) is False:
-        return None
-    return int(window) if window else None
-
-
-def _masked_to_infinity(scores: Tensor) -> Tensor:
-    """Return scores with the dtype's own 'minus infinity' of masks (finfo.min plus a score) as -inf."""
-    return scores.masked_fill(scores <= torch.finfo(scores.dtype).min / 2, -torch.inf)
-
-
-class _SoftmaxSpy(TorchFunctionMode):
-    """Keeps input and output of the last 4-d softmax: the scores and probabilities of an eager attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: tuple[Tensor, Tensor] | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") == "softmax" and isinstance(args[0], Tensor) and args[0].dim() == 4:
-            self.seen = (args[0], output)
-        return output
-
-
-@contextmanager
-def _attention_calls(spy: Spy) -> Iterator[None]:
-    """Wrap the attention functions that this model's attention modules call (transformers 4.48 and later)."""
-    indices = {id(layer.attention): layer.index for layer in spy.anatomy.layers if layer.attention is not None}
-    scopes = {}
-    for layer in spy.anatomy.layers:
-        if layer.attention is not None:
-            space = inspect.unwrap(type(layer.attention).forward).__globals__
-            scopes[id(space)] = (space, getattr(layer.attention, "config", None))
-    with ExitStack() as stack:
-        for space, config in scopes.values():
-            name = getattr(config, "_attn_implementation", None) or "eager"
-            registry = space.get("ALL_ATTENTION_FUNCTIONS")
-            if name != "eager" and registry is not None and name in registry:
-                stack.enter_context(_replaced(registry, name, _listening(registry[name], spy, indices)))
-            elif registry is not None and "eager_attention_forward" in space:
-                wrapper = _listening(space["eager_attention_forward"], spy, indices)
-                stack.enter_context(_replaced(space, "eager_attention_forward", wrapper))
-        yield
-
-
-@contextmanager
-def _replaced(mapping: Any, name: str, value: object) -> Iterator[None]:
-    own = getattr(mapping, "_local_mapping", mapping)
-    before = own.get(name)
-    own[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del own[name]
-        else:
-            own[name] = before
-
-
-def _listening(function: Callable[..., Any], spy: Spy, indices: dict[int, int]) -> Callable[..., Any]:
-    def attention(
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        *args: Any,
-        **kw: Any,
-    ) -> Any:
-        layer = indices.get(id(module))
-        if layer is None or not spy.hears(layer):
-            return function(module, query, key, value, attention_mask, *args, **kw)
-        with _SoftmaxSpy() as softmax:
-            output = function(module, query, key, value, attention_mask, *args, **kw)
-        scale = kw.get("scaling")
-        spy.attention(
-            layer,
-            AttentionCall(
-                query_BHTD=query,
-                key_BGSD=key,
-                mask=attention_mask,
-                scale=float(scale) if scale is not None else query.shape[-1] ** -0.5,
-                window=kw.get("sliding_window") or sliding_window(module),
-                softcap=kw.get("softcap"),
-                seen=_fitting(softmax.seen, query, key, output[1] if isinstance(output, tuple) else None),
-            ),
-        )
-        return output
-
-    return attention
-
-
-def _fitting(
-    seen: tuple[Tensor, Tensor] | None, query: Tensor, key: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
-    """Return scores and probabilities where the softmax that was seen is the attention's own, `[B, H, T, S]`."""
-    shape = (*query.shape[:3], key.shape[2])
-    if seen is None or tuple(seen[0].shape) != shape:
-        return None
-    probs = weights if weights is not None and tuple(weights.shape) == shape else seen[1]
-    return seen[0], probs
