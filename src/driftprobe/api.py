@@ -217,7 +217,7 @@ def make_plans(engine: Engine, prompts: Sequence[Prompt], options: RunOptions) -
             max_positions=engine.facts.max_positions,
             layers=options.layers,
             noise=engine.perturbs,
-        )  # fmt: skip
+        )
         for mode in options.modes
         for prompt in prompts
     ]
@@ -261,7 +261,8 @@ def _reject_for_objects(dtype: str | None, attn: str | None) -> None:
     given = [name for name, value in (("dtype", dtype), ("attn", attn)) if value is not None]
     if given:
         raise UsageError(
-            "a model object keeps its own dtype and attention", where=", ".join(given), measured="given with a model object",
+            "a model object keeps its own dtype and attention", where=", ".join(given),
+            measured="given with a model object",
             allowed="only with a model folder", next_step="convert the model before you hand it over",
         )  # fmt: skip
 

@@ -54,7 +54,7 @@ def _incomplete(judgement: Judgement) -> list[TraceError]:
             measured=gate.detail,
             allowed="a footer whose counts and digest fit the lines before it",
             next_step="run that prompt and mode again; the verdict is N/A until then",
-        )  # fmt: skip
+        )
         for mode in judgement.modes.values()
         for item in mode.prompts
         for gate in item.gates
