@@ -140,3 +140,25 @@ def test_the_verdict_does_not_depend_on_payloads(model: object, payload: str, tm
     assert found.first_failure is not None and (found.first_failure.layer, found.first_failure.tensor) == (1, "k_cache")
     kept = list((tmp_path / "r").rglob("*.safetensors"))
     assert bool(kept) is (payload != "none")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_prefill_that_depends_on_its_length_is_found_at_any_number_of_steps(model: object, steps: int) -> None:
+    """Scores 5 % too large in prefills of exactly four tokens, P's own at step 0: decode is right, prefill is not."""
+    broken = copy.deepcopy(model)
+    scale = broken.model.layers[0].self_attn.scaling
+
+    def before(_model: object, _args: object, call: dict[str, object]) -> None:
+        for layer in broken.model.layers:
+            layer.self_attn.scaling = scale * (1.05 if call["input_ids"].shape[1] == 4 else 1.0)
+
+    broken.register_forward_pre_hook(before, with_kwargs=True)
+    found = driftprobe.probe(broken, IDS, steps=steps)
+    assert found.verdict is Verdict.MISMATCH, found.reason
+    assert found.first_failure is not None
+    assert (found.first_failure.layer, found.first_failure.tensor) == (0, "attn_scores")
+
+
+def test_one_text_is_not_a_list_of_prompts(model: object) -> None:
+    with pytest.raises(UsageError, match="not a list"):
+        driftprobe.probe(model, "hello")

@@ -141,6 +141,7 @@ BAD_OPTIONS = [
     (("--prompt", ""), "empty prompt"),
     (("--prompt", "x" * 2048), "prompt too long"),
     (("--prompt-file", "missing.json"), "prompt file"),
+    (("--seed", "99999999999999999999"), "seed out of range"),
     (("--date", "../up"), "not a folder name"),
     (("--name", "a/b"), "not a folder name"),
 ]
@@ -286,6 +287,17 @@ def test_an_interrupt_leaves_valid_incomplete_traces_and_the_earlier_run(tmp_pat
     done = driftprobe("analyze", trace.parent.parent, cwd=tmp_path)
     assert_five_parts(done, 3, "incomplete")
     assert (root / "verdict.json").read_text() == "earlier"
+
+
+def test_a_crash_is_not_taken_for_a_bug_found(tmp_path: Path) -> None:
+    code = (
+        "import driftprobe.cli.taps as taps\nfrom driftprobe.cli import main\n"
+        "def fail():\n    raise ZeroDivisionError('oops')\ntaps.command.callback = fail\nmain()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "taps"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert_five_parts(done, 3, "ZeroDivisionError: oops")
 
 
 def test_lists(tmp_path: Path) -> None:

@@ -62,6 +62,15 @@ def test_only_p_keeps_rows_and_only_a_takes_them():
     assert {arm.name for arm in found.arms for call in arm.passes if call.aligned_to is not None} == {"A"}
 
 
+def test_noise_arms_are_prefills_of_the_very_lengths_of_p():
+    """A longer one would be an extension too, and set the floor over a bug that depends on the prefill's length."""
+    arms = plan(steps=3).arms
+    lengths = {
+        name: [call.stop for arm in arms if arm.name == name for call in arm.passes] for name in ("P", "N1", "N2")
+    }
+    assert lengths["N1"] == lengths["N2"] == lengths["P"] and len(lengths["P"]) == 3
+
+
 def test_noise_arms_have_seeds_of_their_own_and_can_be_left_out():
     seeds = [arm.noise_seed for arm in plan(seed=4).arms if arm.name.startswith("N")]
     assert len(set(seeds)) == NOISE_ARMS

@@ -54,7 +54,9 @@ def test_files(tmp_path: Path) -> None:
         assert [(p.name, len(p.token_ids)) for p in prompts] == [("a", 3), ("b", 2)]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"a": 1}', "{", '"x"', '{"a": null}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"a": 1}', "{", '"x"', '{"a": null}', '{"a": "x", "a": "y"}', "[" * 100_000]
+)
 def test_a_file_that_says_anything_else(text: str, tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(text)
     with pytest.raises(UsageError, match="prompt file"):

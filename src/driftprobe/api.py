@@ -29,6 +29,7 @@ from driftprobe.trace import Trace
 from driftprobe.verdict import judge
 
 PAYLOADS = ("none", "failing", "all")
+MAX_SEED = 1 << 32
 Prompts = Mapping[str, Source] | Iterable[Source]
 
 
@@ -250,6 +251,9 @@ def _check_options(engine: Engine, options: RunOptions) -> None:
     if options.steps < 1:
         raise UsageError("too few steps", where="--steps", measured=str(options.steps), allowed="1 or more",
                          next_step="ask for at least one decode step")  # fmt: skip
+    if not 0 <= options.seed < MAX_SEED:
+        raise UsageError("seed out of range", where="--seed", measured=str(options.seed)[:40],
+                         allowed=f"0 to {MAX_SEED - 1}", next_step="choose a smaller seed")  # fmt: skip
     count = engine.facts.layers
     wrong = [layer for layer in options.layers or () if not 0 <= layer < count]
     if wrong or options.layers == ():

@@ -58,6 +58,11 @@ def place_of(out: Path, date: str, name: str) -> Path:
 
 def check_place(root: Path) -> None:
     """Raise OutputError where a run cannot go: somebody's files stand there, or it cannot be written."""
+    if root.is_symlink():
+        raise OutputError(
+            "the output folder is a link", where=str(root), measured=f"leads to {root.readlink()}",
+            allowed="a folder, or nothing yet", next_step="remove the link, or choose another --name or --out",
+        )  # fmt: skip
     strangers = list(_strangers(root)) if root.exists() else []
     if strangers:
         raise OutputError(
@@ -180,4 +185,4 @@ def _strangers(root: Path) -> Iterator[str]:
 
 def _experiment(header: Header) -> tuple[object, ...]:
     labels = {name: value for name, value in header.labels.items() if name != "output"}
-    return (header.engine, header.seed, header.steps, labels)
+    return (header.engine, header.seed, header.steps, header.payload, sorted(header.taps.items()), labels)

@@ -121,7 +121,8 @@ def make_plan(
     again = [_prefill("P'", n, step, keep=False) for step in range(steps)]
     arms = [*prefills, _decode("D", n, steps), *again, _decode("D'", n, steps)]
     arms += [_extension(m, n, steps) for m in EXTENSIONS if n + steps + m <= max_positions]
-    arms += [_noise(which, n, steps, seed) for which in range(1, NOISE_ARMS + 1) if noise]
+    perturbed = range(1, NOISE_ARMS + 1) if noise else ()
+    arms += [_noise(which, n, step, seed) for which in perturbed for step in range(steps)]
     if mode is Mode.KV_ALIGNED:
         arms.append(_decode("A", n, steps, aligned=True))
     return Plan(mode, prompt, steps, seed, tuple(arms), layers)
@@ -178,7 +179,8 @@ def _extension(m: int, n: int, steps: int) -> Arm:
     return Arm(name, (Pass(0, n + steps + m, reads),))
 
 
-def _noise(which: int, n: int, steps: int, seed: int) -> Arm:
-    name = f"N{which}"
-    reads = tuple(Read(name, Phase.PREFILL_NOISE, step, n + step) for step in range(steps))
-    return Arm(name, (Pass(0, n + steps, reads),), noise_seed=seed * 1000 + which)
+def _noise(which: int, n: int, step: int, seed: int) -> Arm:
+    """P's own prefill of this step, length and all: a longer one would be an extension, and lean on what E tests."""
+    name, position = f"N{which}", n + step
+    read = Read(name, Phase.PREFILL_NOISE, step, position)
+    return Arm(name, (Pass(0, position + 1, (read,)),), noise_seed=(seed * 1000 + which) * 10_000 + step)

@@ -56,6 +56,9 @@ def make_prompt(name: str, source: Source, engine: Engine) -> Prompt:
             allowed="1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit",
             next_step="rename the prompt",
         )  # fmt: skip
+    if isinstance(source, str) and any("\ud800" <= letter <= "\udfff" for letter in source):
+        raise UsageError("text is not Unicode", where=f"prompt {name}", measured=repr(source)[:80],
+                         allowed="text that UTF-8 can encode", next_step="correct the text")  # fmt: skip
     tokens = engine.tokenize(source) if isinstance(source, str) else list(source)
     vocabulary = engine.facts.vocabulary
     wrong = [t for t in tokens if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < (vocabulary or t + 1)]
@@ -69,6 +72,9 @@ def make_prompt(name: str, source: Source, engine: Engine) -> Prompt:
 
 def make_prompts(sources: Mapping[str, Source] | Iterable[Source], engine: Engine) -> list[Prompt]:
     """Return prompts from names to sources, or from sources alone (named p0, p1, …)."""
+    if isinstance(sources, str):
+        raise UsageError("one text is not a list of prompts", where="prompts", measured=repr(sources)[:80],
+                         allowed="names to sources, or a list of sources", next_step="put it in a list")  # fmt: skip
     named = sources if isinstance(sources, Mapping) else {f"p{i}": source for i, source in enumerate(sources)}
     return [make_prompt(name, source, engine) for name, source in named.items()]
 
@@ -77,8 +83,10 @@ def read_prompt_file(path: Path) -> dict[str, Source]:
     """Return names to text or token ids from a JSON or TOML file. Raises UsageError where it says anything else."""
     try:
         text = path.read_text(encoding="utf-8")
-        body: Any = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
-    except (OSError, ValueError) as error:
+        body: Any = (
+            tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text, object_pairs_hook=_unique)
+        )
+    except (OSError, ValueError, RecursionError) as error:
         raise _bad_file(path, f"{type(error).__name__}: {error}") from error
     if not isinstance(body, dict) or not body:
         raise _bad_file(path, f"a {type(body).__name__} of {len(body) if hasattr(body, '__len__') else 0}")
@@ -86,6 +94,13 @@ def read_prompt_file(path: Path) -> dict[str, Source]:
         if not isinstance(source, str | list):
             raise _bad_file(path, f"{name} is a {type(source).__name__}")
     return body
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return dict(pairs)
 
 
 def _bad_file(path: Path, measured: str) -> UsageError:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
 import click
 
-from driftprobe.errors import DriftprobeError
+from driftprobe.errors import DriftprobeError, EngineError
 from driftprobe.version import __version__
 
 COMMANDS = {
@@ -70,4 +71,17 @@ def main() -> None:
     except DriftprobeError as error:
         click.echo(str(error), err=True)
         sys.exit(error.exit_code)
+    except Exception as error:  # a crash must not look like exit 1, which means that a bug was found
+        if os.environ.get("DRIFTPROBE_TRACEBACK"):
+            raise
+        click.echo(str(_unforeseen(error)), err=True)
+        sys.exit(EngineError.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _unforeseen(error: Exception) -> EngineError:
+    return EngineError(
+        "driftprobe failed in a way that it did not foresee", where=" ".join(sys.argv[1:])[:200] or "driftprobe",
+        measured=f"{type(error).__name__}: {error}"[:400], allowed="a verdict or a clear error",
+        next_step="set DRIFTPROBE_TRACEBACK=1, run again, and report what it prints",
+    )  # fmt: skip

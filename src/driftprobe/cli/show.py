@@ -25,7 +25,7 @@ _STYLES = {
 }
 _MEANING = {
     Verdict.NO_DRIFT: "prefill and decode agree bit for bit",
-    Verdict.STRUCTURAL_DRIFT: "they differ, and rounding explains all of it: no bug",
+    Verdict.STRUCTURAL_DRIFT: "they differ, and rounding explains all of it: no bug above the detection limit",
     Verdict.MISMATCH: "they differ by more than rounding explains: a bug",
     Verdict.NOT_AVAILABLE: "this cannot be told from these traces",
 }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from driftprobe.judgement import Attention, Cell, Judgement, KvIndicators, ModeJudgement, Range, Status
 from driftprobe.report.evidence import ATTENTION_TAPS
-from driftprobe.report.facts import PROJECTIONS, drift_words, main_mode, run_short, shut_words, where
+from driftprobe.report.facts import PROJECTIONS, drift_words, main_mode, run_command, shut_words, where
 from driftprobe.report.text import NOT_TOLD, blocks, code, listed, number, prose, table, times, truth
 from driftprobe.taps import CACHE_TAPS
 from driftprobe.trace import Trace
@@ -24,7 +24,7 @@ def alignment_section(judgement: Judgement, traces: Sequence[Trace]) -> str:
         head = f"## 2. KV Alignment Analysis ({prose(name)} mode)"
         note = (
             f"These are the {prose(name)} figures: kv_aligned was not run. It adds arm A, decode with prefill's cache "
-            f"rows: `{run_short('kv_aligned', traces)}`."
+            f"rows: `{run_command('kv_aligned', traces)}`."
         )
     mine = [trace for trace in traces if trace.header.mode == name]
     return blocks([

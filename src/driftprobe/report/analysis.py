@@ -51,7 +51,7 @@ def render(judgement: Judgement, traces: Sequence[Trace]) -> str:
         mode = judgement.modes.get(name)
         parts.append(f"## Mode {prose(name)}")
         if mode is None:
-            parts.append(f"PENDING: not run. `{facts.run_short(name, traces)}` runs it.")
+            parts.append(f"PENDING: not run. `{facts.run_command(name, traces)}` runs it.")
             continue
         parts.append(f"**{mode.verdict.value}**: {prose(facts.reason(mode))}. {facts.pass_fail(mode)}.")
         parts += [_prompt(item) for item in mode.prompts]
@@ -60,7 +60,7 @@ def render(judgement: Judgement, traces: Sequence[Trace]) -> str:
 
 def _legend(traces: Sequence[Trace]) -> str:
     sums = min((trace.header.sketch_size for trace in traces), default=SKETCH_SIZE)
-    error = math.sqrt(2 / sums)  # docs/trace-format.md: the sketch's relative standard error
+    error = math.sqrt(1 / (2 * sums))  # of the norm; its square has √(2/sums) (docs/trace-format.md)
     return (
         "Drift is ‖decode − prefill‖₂ / ‖prefill‖₂. The floor is the drift that arithmetic alone explains at a tap. "
         f"Excess is drift / floor; beyond {LIMIT:g} a tap fails. Evidence is the rung that a drift stands on: `hash` "

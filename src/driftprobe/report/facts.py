@@ -163,13 +163,6 @@ def drift_words(cell: Cell) -> str:
     return f"{lead}: {kind} {number(cell.drift.value)} ({times(cell.excess)})"
 
 
-def run_short(mode: str, traces: Sequence[Trace]) -> str:
-    """Return the shortest command that runs a mode, into the same folder where that is known."""
-    if is_foreign(traces):
-        return f"driftprobe run --mode {mode} --model DIR"
-    return printable(shlex.join(["driftprobe", "run", "--mode", mode, *_folder(traces)]))
-
-
 def run_command(
     mode: str, traces: Sequence[Trace], *more: str, fault: bool = True, dtype: str = "", suffix: str = ""
 ) -> str:
@@ -181,7 +174,7 @@ def run_command(
     words = ["driftprobe", "run"]
     if traces and not is_foreign(traces):
         header = traces[0].header
-        words += [*_same_engine(header, dtype), "--mode", mode, *_same_plan(traces)]
+        words += ["--mode", mode, *_same_engine(header, dtype), *_same_plan(traces)]
         words += [word for name in faults(traces)[:1] if fault for word in ("--fault", name)]
     else:
         words += ["--mode", mode, "--model", "DIR"]

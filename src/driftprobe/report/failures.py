@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from driftprobe.floor import LIMIT
 from driftprobe.judgement import Cell, Failure, Judgement, ModeJudgement, Verdict
-from driftprobe.report.facts import PROJECTIONS, differing, failing, largest, mode_names, run_short, where
+from driftprobe.report.facts import PROJECTIONS, differing, failing, largest, mode_names, run_command, where
 from driftprobe.report.text import NOT_TOLD, blocks, bullets, count, number, prose, times
 from driftprobe.taps import BY_NAME, CACHE_TAPS, place
 from driftprobe.trace import Trace
@@ -30,7 +30,7 @@ def failures_section(judgement: Judgement, traces: Sequence[Trace]) -> str:
 
 def _not_run(name: str, traces: Sequence[Trace]) -> list[str]:
     names = ("First Failure", "Root Cause", "Tensor", "Drift", "Floor", "Excess", "Evidence")
-    run_it = f" (not run; `{run_short(name, traces)}` runs it)"
+    run_it = f" (not run; `{run_command(name, traces)}` runs it)"
     return [f"**{field}**: TBD{run_it if field == 'First Failure' else ''}" for field in names]
 
 

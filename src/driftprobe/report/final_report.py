@@ -90,7 +90,7 @@ def _summary(judgement: Judgement, traces: Sequence[Trace]) -> str:
     for name in facts.mode_names(judgement):
         mode = judgement.modes.get(name)
         if mode is None:
-            rows.append((prose(name), f"PENDING: `{facts.run_short(name, traces)}`", "TBD", "TBD", "TBD"))
+            rows.append((prose(name), f"PENDING: `{facts.run_command(name, traces)}`", "TBD", "TBD", "TBD"))
             continue
         failure = mode.first_failure
         first = facts.no_failure(mode) if failure is None else prose(facts.where(failure))
@@ -184,7 +184,7 @@ def _criteria(judgement: Judgement) -> str:
 
 def _readings(judgement: Judgement, traces: Sequence[Trace]) -> str:
     if "kv_aligned" not in judgement.modes:
-        command = facts.run_short("kv_aligned", traces)
+        command = facts.run_command("kv_aligned", traces)
         return (
             f"D is decode with its own cache; A is decode with prefill's rows put in. TBD: arm A runs with `{command}`."
         )
