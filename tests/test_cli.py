@@ -276,7 +276,10 @@ def test_an_interrupt_leaves_valid_incomplete_traces_and_the_earlier_run(tmp_pat
     (root / "verdict.json").write_text("earlier")
     code = "from driftprobe.cli import main; main()"
     words = [sys.executable, "-c", code, "run", *ONE_PROMPT, "--steps", "40"]
-    running = subprocess.Popen(words, cwd=tmp_path, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    running = subprocess.Popen(
+        words, cwd=tmp_path, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (a background job ignores it)
+    )  # fmt: skip
     trace = root.with_name(".b3_66_v2.partial") / "traces" / "p0_short_as_designed.jsonl"
     deadline = time.monotonic() + 60
     while not (trace.exists() and trace.stat().st_size > 100_000) and time.monotonic() < deadline:
