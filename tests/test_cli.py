@@ -100,6 +100,15 @@ def test_one_mode_leaves_the_other_pending_and_the_next_run_fills_it(tmp_path: P
     assert "PENDING" not in second and "TBD" not in second
 
 
+def test_modes_of_different_prompts_are_not_one_run(tmp_path: Path) -> None:
+    root = tmp_path / "artifacts/2026-02-07/b3_66_v2"
+    assert driftprobe("run", *ONE_PROMPT, "--mode", "as_designed", cwd=tmp_path).returncode == 0
+    other = ("--prompt", "hello", "--date", "2026-02-07", "--mode", "kv_aligned")
+    assert driftprobe("run", *other, cwd=tmp_path).returncode == 0
+    assert {p.name for p in (root / "traces").glob("*.jsonl")} == {"prompt_kv_aligned.jsonl"}
+    assert "PENDING" in (root / "B3_66_V2_FINAL_REPORT.md").read_text()
+
+
 def test_mismatch_exits_with_one_and_names_the_tap(tmp_path: Path) -> None:
     done = driftprobe("run", *ONE_PROMPT, "--fault", "rope_plus_one", cwd=tmp_path)
     assert done.returncode == 1, done.stderr

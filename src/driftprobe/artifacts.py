@@ -115,9 +115,11 @@ def keep_other_modes(root: Path, stage: Layout, headers: Iterable[Header]) -> li
     if not new or not (root / "traces").is_dir():
         return []
     kept = []
-    for path in sorted((root / "traces").glob("*.jsonl")):
-        header = read_header(path)
-        if header is None or header.mode in {h.mode for h in new} or _experiment(header) != _experiment(new[0]):
+    old = [(path, header) for path in sorted((root / "traces").glob("*.jsonl")) if (header := read_header(path))]
+    for path, header in old:
+        prompts = [_prompt(h) for _, h in old if h.mode == header.mode]
+        same = _experiment(header) == _experiment(new[0]) and sorted(prompts) == sorted(map(_prompt, new))
+        if header.mode in {h.mode for h in new} or not same:
             continue
         with written(stage.root):
             for file in (
@@ -181,6 +183,10 @@ def _strangers(root: Path) -> Iterator[str]:
             continue
         if relative not in REPORTS and not any(pattern.fullmatch(relative) for pattern in _OURS):
             yield relative
+
+
+def _prompt(header: Header) -> tuple[str, tuple[int, ...]]:
+    return (header.prompt, header.token_ids[: header.prompt_len])
 
 
 def _experiment(header: Header) -> tuple[object, ...]:
