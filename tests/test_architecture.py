@@ -22,7 +22,8 @@ MODULES = {
 }
 LADDER = (
     {"errors", "version"},
-    {"taps", "faults"},
+    {"taps", "causes"},
+    {"faults"},
     {"fingerprint"},
     {"trace_checks"},
     {"trace"},
@@ -31,13 +32,16 @@ LADDER = (
     {"floor", "validate"},
     {"judgement"},
     {"gates", "rows", "impact"},
-    {"verdict"},
+    {"verdict", "scene"},
+    {"hypotheses"},
+    {"explain"},
     {"diagnose"},
     {"report"},
 )
 """Lowest first: a module imports from its own step downwards. Modules that stand nowhere are checked one by one."""
 STEP = {name: step for step, names in enumerate(LADDER) for name in names}
-MIDDLE = ("compare", "floor", "judgement", "gates", "rows", "impact", "verdict", "diagnose", "report")
+MIDDLE = ("compare", "floor", "judgement", "gates", "rows", "impact", "verdict", "scene",
+          "hypotheses", "explain", "diagnose", "report")  # fmt: skip
 JUDGEMENT = tuple(name for name in MIDDLE if name != "report")
 THIRD_PARTY = {"numpy", "ml_dtypes", "xxhash", "msgspec", "safetensors"}
 """What analysis may stand on; torch and transformers are an engine's own."""

@@ -178,7 +178,8 @@ def analyze(folder: str | Path, *, mode: str | None = None) -> Result:
             next_step="leave --mode out, or run that mode first",
         )
     where = traces_folder(place)
-    return Result(diagnose(judge(traces, Payloads(where))), traces, where)
+    payloads = Payloads(where)
+    return Result(diagnose(judge(traces, payloads), traces, payloads), traces, where)
 
 
 def run(

@@ -15,8 +15,8 @@ from driftprobe.plan import Plan, sequence, tokens_needed
 from driftprobe.taps import CACHE_TAPS
 from driftprobe.trace import Event, Header, PlannedRead, Record, Top, TraceWriter
 
-PAYLOAD_ARMS = frozenset({"P", "D", "A"})
-"""The arms whose tensors are kept whole; controls are judged by their sketches."""
+PAYLOAD_ARMS = "PDAE"
+"""First letters of the arms whose tensors are kept whole: the rest, P', D' and N, are judged by their sketches."""
 TOP = 16
 """How many of the largest logits a record carries."""
 
@@ -100,7 +100,7 @@ def _record(
 ) -> Record:
     read = item.read
     reference = None
-    if header.payload != "none" and read.arm in PAYLOAD_ARMS:
+    if header.payload != "none" and _keeps_payload(read.arm):
         name = f"{read.phase_name}.{read.step}.{'model' if item.layer is None else item.layer}.{item.tensor}"
         kept.setdefault(read.arm, {})[name] = item.array
         reference = f"{_payload_file(plan, read.arm)}#{name}"
@@ -121,6 +121,10 @@ def _record(
         top=_top(item.array) if item.tensor == "logits" else None,
         payload=reference,
     )
+
+
+def _keeps_payload(arm: str) -> bool:
+    return arm[0] in PAYLOAD_ARMS and not arm.endswith("'")
 
 
 def _payload_file(plan: Plan, arm: str) -> str:

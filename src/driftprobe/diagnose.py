@@ -6,32 +6,46 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from driftprobe.causes import CAUSES
+from driftprobe.compare import NoPayloads, PayloadSource
+from driftprobe.explain import explain
 from driftprobe.judgement import Cell, Failure, Judgement, ModeJudgement, Reading, RowCheck, Status, TraceJudgement
+from driftprobe.scene import Scene
 from driftprobe.taps import BY_NAME, CACHE_TAPS, execution_order, place
+from driftprobe.trace import Trace
 
 
-def diagnose(judgement: Judgement) -> Judgement:
-    """Return the judgement with a root cause in every first failure."""
-    return replace(judgement, modes={name: _diagnose_mode(mode) for name, mode in judgement.modes.items()})
+def diagnose(judgement: Judgement, traces: Sequence[Trace] = (), payloads: PayloadSource | None = None) -> Judgement:
+    """Return the judgement with a root cause in every first failure.
+
+    With the traces and their payloads the fault dictionary is asked for the cause and its parameters.
+    """
+    by_file = {trace.path: trace for trace in traces}
+    source = NoPayloads() if payloads is None else payloads
+    return replace(
+        judgement, modes={name: _diagnose_mode(mode, by_file, source) for name, mode in judgement.modes.items()}
+    )
 
 
-def _diagnose_mode(mode: ModeJudgement) -> ModeJudgement:
-    prompts = tuple(_diagnose_trace(item) for item in mode.prompts)
+def _diagnose_mode(mode: ModeJudgement, traces: dict[str, Trace], payloads: PayloadSource) -> ModeJudgement:
+    prompts = tuple(_diagnose_trace(item, traces.get(item.file), payloads) for item in mode.prompts)
     first = mode.first_failure
     if first is None:
         return replace(mode, prompts=prompts)
     same = [
         p.first_failure
         for p in prompts
-        if p.first_failure is not None and replace(p.first_failure, root_cause="") == first
+        if p.first_failure is not None and replace(p.first_failure, root_cause="", diagnosis=None) == first
     ]
     return replace(mode, prompts=prompts, first_failure=same[0])
 
 
-def _diagnose_trace(item: TraceJudgement) -> TraceJudgement:
+def _diagnose_trace(item: TraceJudgement, trace: Trace | None, payloads: PayloadSource) -> TraceJudgement:
     first = item.first_failure
     if first is None:
         return item
+    if trace is not None:
+        first = replace(first, diagnosis=explain(Scene(trace, item, first, payloads)))
     return replace(item, failures=(replace(first, root_cause=root_cause(first, item)), *item.failures[1:]))
 
 
@@ -41,6 +55,10 @@ def root_cause(failure: Failure, item: TraceJudgement) -> str:
 
 
 def _cause(failure: Failure, item: TraceJudgement) -> str:
+    if failure.diagnosis is not None:
+        found = failure.diagnosis
+        where = place(found.layer, found.tensor)
+        return _with_reading(f"{where}: {CAUSES[found.cause].say(found.parameters)}", item.reading)
     if failure.phase == "prefill_ext":
         return (
             f"prefill itself: the same token at {place(failure.layer, failure.tensor)} changes with what stands behind "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from driftprobe.causes import Parameters
 from driftprobe.compare import Drift
 from driftprobe.floor import Floor
 from driftprobe.trace import EngineFacts, Record
@@ -160,6 +161,24 @@ class Impact:
 
 
 @dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """The cause whose prediction explains a failure."""
+
+    cause: str
+    """Its name in `causes.CAUSES`."""
+    parameters: Parameters
+    layer: int | None
+    tensor: str
+    """Where the prediction was compared."""
+    residual: float
+    """‖candidate − predicted‖₂ / ‖reference‖₂: what the cause leaves over."""
+    explained: float
+    """Share of the difference that the cause explains: 1 − ‖candidate − predicted‖² / ‖candidate − reference‖²."""
+    z: float | None = None
+    """The fitted parameter in its own standard errors, where it was estimated under noise."""
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """A tap whose drift arithmetic does not explain."""
 
@@ -173,6 +192,9 @@ class Failure:
     phase: str
     """The candidate's phase: `decode0`…, or `prefill_ext` for a control that is no innocent."""
     root_cause: str = ""
+    arm: str = "D"
+    """The candidate's arm: D, or the control that is no innocent."""
+    diagnosis: Diagnosis | None = None
 
 
 @dataclass(frozen=True, slots=True)

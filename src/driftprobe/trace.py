@@ -19,6 +19,8 @@ from driftprobe.fingerprint import SKETCH_SIZE
 from driftprobe.trace_checks import header_faults, json_object, record_faults
 
 SCHEMA = "driftprobe/trace/1"
+CONSTANTS = "W"
+"""The arm of records that hold constants of the model, not results: `q_proj.weight`, `rope.inv_freq` of a layer."""
 MAX_LINE = 64 * 1024 * 1024
 """Bytes of the longest line that is read: a K row hash for each of 2 million positions fits."""
 
@@ -68,6 +70,8 @@ class Header:
     prompt_text: str = ""
     steps: int = 1
     seed: int = 0
+    rung: str = ""
+    """Empty for the model's own dtype; else the higher precision of the ladder at which everything was run again."""
     date: str = ""
     reads: tuple[PlannedRead, ...] = ()
     taps: dict[str, tuple[int, ...]] = field(default_factory=dict)

@@ -25,10 +25,10 @@ from driftprobe.judgement import (
 )
 from driftprobe.rows import check_rows, kv_indicators
 from driftprobe.taps import ExecutionOrder, execution_order, place
-from driftprobe.trace import Record, Trace
+from driftprobe.trace import CONSTANTS, Record, Trace
 
 _COMPARED = ("P", "D", "A")
-"""The arms that a verdict is about; all others are controls."""
+"""The arms that a verdict is about; all others are controls, or the model's constants."""
 MODES = ("as_designed", "kv_aligned")
 
 
@@ -55,7 +55,7 @@ def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
     controls = _controls(trace, payloads)
     floors = measure_floors(trace.header, (*decode.matched, *aligned.matched), controls)
     cells, aligned_cells = _cells(decode.matched, floors), _cells(aligned.matched, floors)
-    strangers = tuple(r for r in trace.records if r.arm not in _COMPARED and not is_control(r.arm))
+    strangers = tuple(r for r in trace.records if r.arm not in (*_COMPARED, CONSTANTS) and not is_control(r.arm))
     evidence = Evidence(trace, decode, aligned, strangers, controls, floors, cells)
     gates = pass_gates(evidence)
     failures = _failures(cells, controls, floors)
@@ -151,8 +151,9 @@ def _order(failure: Failure) -> tuple[int, ExecutionOrder, bool]:
 def _failure(record: Record, drift: Drift, floor: Floor, phase: str) -> Failure:
     value = drift.at_least if drift.at_least is not None else math.nan
     return Failure(
-        record.prompt, record.step, record.layer, record.tensor, value, floor.value, value / floor.value, phase
-    )
+        record.prompt, record.step, record.layer, record.tensor, value, floor.value, value / floor.value, phase,
+        arm=record.arm,
+    )  # fmt: skip
 
 
 def _reading(cells: Sequence[Cell], aligned: Sequence[Cell]) -> Reading:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from driftprobe.faults import Expected
 from driftprobe.fingerprint import Array
 from driftprobe.plan import Arm, Read
 from driftprobe.trace import EngineFacts, Event
@@ -59,6 +60,9 @@ class Engine(Protocol):
         """Run one arm on a fresh cache and hand out what its reads ask for, in order of execution."""
         ...
 
-    def plant(self, fault: str) -> AbstractContextManager[None]:
-        """Plant a fault of `driftprobe faults` while the context lasts; UsageError where it cannot act here."""
+    def plant(self, fault: str, strength: float | None = None) -> AbstractContextManager[Expected]:
+        """Plant a fault of `driftprobe faults` while the context lasts and say what must be found.
+
+        Raises UsageError where it cannot act here.
+        """
         ...

@@ -15,10 +15,11 @@ from driftprobe.engines.hf.anatomy import dissect, text_config
 from driftprobe.engines.hf.cache import TupleCache, layer_count, new_cache, rows_heard, stored_rows
 from driftprobe.engines.hf.fused import same_bits
 from driftprobe.engines.hf.noise import rounding_noise
-from driftprobe.engines.hf.planting import cannot_act, plant
+from driftprobe.engines.hf.planting import Site, cannot_act, plant
 from driftprobe.engines.hf.spy import Heard, Learned, Rows, Spy
 from driftprobe.engines.hf.trial import learn, taps_of, trial_length
 from driftprobe.errors import EngineError, ModelError
+from driftprobe.faults import Expected
 from driftprobe.fingerprint import DTYPES, Array
 from driftprobe.plan import Arm, Pass, Phase, Read
 from driftprobe.taps import BY_NAME, execution_order
@@ -116,13 +117,14 @@ class HFEngine:
                 yield from _hand_out(heard, call.reads, self.anatomy.layers)
 
     @contextmanager
-    def plant(self, fault: str) -> Iterator[None]:
-        """Plant a fault in this model while the context lasts; see planting.py.
+    def plant(self, fault: str, strength: float | None = None) -> Iterator[Expected]:
+        """Plant a fault in this model while the context lasts and say what must be found; see planting.
 
         Raises UsageError where the fault is unknown, cannot act in this model, or changes nothing in a sample run.
         """
         clean = self._sample()
-        with plant(fault, self.model, self.anatomy, latent=bool(self._learned.expanded)):
+        site = Site(self.model, self.anatomy, self.taps, latent=bool(self._learned.expanded))
+        with plant(fault, site, strength) as expected:
             try:
                 changed = self._sample()
             except EngineError as error:
@@ -130,7 +132,7 @@ class HFEngine:
             if all(map(same_bits, clean, changed)):
                 raise cannot_act(fault, "not one bit of cache or logits changes in a short run of this model",
                                  "a model that computes what the fault breaks")  # fmt: skip
-            yield
+            yield expected
 
     def _sample(self) -> list[torch.Tensor]:
         """Return the logits of one decode step after a short prefill, and the cache rows that it leaves."""

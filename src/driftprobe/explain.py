@@ -1,0 +1,58 @@
+"""explain(): the prediction of the fault dictionary that leaves the least of a failure unexplained."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from driftprobe.fingerprint import Float64, l2_norm
+from driftprobe.floor import LIMIT
+from driftprobe.hypotheses import HYPOTHESES, Prediction
+from driftprobe.judgement import Diagnosis
+from driftprobe.scene import Scene
+
+MIN_EXPLAINED = 0.99
+"""Share of the squared difference that a cause must explain, beside leaving no more than the floor's limit over."""
+
+
+def explain(scene: Scene) -> Diagnosis | None:
+    """Return the cause whose prediction fits the failing tensor best, or None where none explains it."""
+    found = [_judged(prediction, scene) for family in HYPOTHESES for prediction in family(scene)]
+    fitting = [(prediction, diagnosis) for prediction, diagnosis in filter(None, found) if _fits(diagnosis, scene)]
+    best = min(fitting, key=lambda pair: (pair[1].residual, pair[0].fitted), default=None)
+    return None if best is None else best[1]
+
+
+def _judged(prediction: Prediction, scene: Scene) -> tuple[Prediction, Diagnosis] | None:
+    reference = scene.reference(prediction.layer, prediction.tensor)
+    candidate = scene.candidate(prediction.layer, prediction.tensor)
+    if reference is None or candidate is None or candidate.shape != prediction.predicted.shape:
+        return None
+    size = l2_norm(reference[np.isfinite(reference)])
+    left = distance(candidate, prediction.predicted)
+    whole = distance(candidate, reference) if candidate.shape == reference.shape else math.inf
+    residual = 0.0 if left == 0.0 else left / size if size > 0.0 else math.inf
+    explained = 1.0 if math.isinf(whole) and math.isfinite(left) else 1.0 - (left / whole) ** 2 if whole else 0.0
+    return prediction, Diagnosis(
+        prediction.cause, prediction.parameters, prediction.layer, prediction.tensor, residual, explained
+    )
+
+
+def distance(left: Float64, right: Float64) -> float:
+    """Return ‖left − right‖₂; equal infinities are equal, others are infinitely far apart."""
+    alike = (left == right) | (np.isnan(left) & np.isnan(right))
+    if not (np.isfinite(left) & np.isfinite(right) | alike).all():
+        return math.inf
+    return l2_norm(
+        np.where(alike, 0.0, np.where(np.isfinite(left), left, 0.0) - np.where(np.isfinite(right), right, 0.0)).reshape(
+            -1
+        )
+    )
+
+
+def _fits(found: Diagnosis, scene: Scene) -> bool:
+    cells = scene.judged.aligned_cells if scene.failure.arm == "A" else scene.judged.cells
+    where = (scene.step, found.layer, found.tensor)
+    floor = next((c.floor.value for c in cells if (c.step, c.layer, c.tensor) == where), scene.failure.floor)
+    return found.residual <= LIMIT * floor and found.explained >= MIN_EXPLAINED

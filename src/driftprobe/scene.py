@@ -1,0 +1,64 @@
+"""What a hypothesis looks at: the tensors of both sides of one trace, by tap, and the model's constants.
+
+Axes legend: see taps.py. All numbers are float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from driftprobe.compare import PayloadSource
+from driftprobe.fingerprint import Float64, to_float64
+from driftprobe.judgement import Failure, TraceJudgement
+from driftprobe.trace import CONSTANTS, Record, Trace
+
+_Place = tuple[str, int, int | None, str]
+"""Arm, step, layer, tensor."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One failure, and all that its trace holds."""
+
+    trace: Trace
+    judged: TraceJudgement
+    failure: Failure
+    payloads: PayloadSource
+    _records: dict[_Place, Record] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for record in self.trace.records:
+            if record.phase != "prefill_row":
+                self._records.setdefault((record.arm, record.step, record.layer, record.tensor), record)
+
+    @property
+    def step(self) -> int:
+        """The failing step."""
+        return self.failure.step
+
+    @property
+    def position(self) -> int:
+        """Absolute position of the failing step's token."""
+        return self.trace.header.prompt_len + self.failure.step
+
+    def record(self, arm: str, layer: int | None, tensor: str, step: int | None = None) -> Record | None:
+        """Return an arm's record of a tap at a step (the failing one), or None."""
+        return self._records.get((arm, self.step if step is None else step, layer, tensor))
+
+    def tensor(self, arm: str, layer: int | None, tensor: str, step: int | None = None) -> Float64 | None:
+        """Return an arm's whole tensor at a tap, or None where the trace does not hold it."""
+        record = self.record(arm, layer, tensor, step)
+        array = None if record is None else self.payloads.get(record)
+        return None if array is None else to_float64(array)
+
+    def reference(self, layer: int | None, tensor: str, step: int | None = None) -> Float64 | None:
+        """Return prefill's tensor (arm P)."""
+        return self.tensor("P", layer, tensor, step)
+
+    def candidate(self, layer: int | None, tensor: str, step: int | None = None) -> Float64 | None:
+        """Return the tensor of the arm that fails."""
+        return self.tensor(self.failure.arm, layer, tensor, step)
+
+    def constant(self, layer: int | None, name: str) -> Float64 | None:
+        """Return a constant of the model (`q_proj.weight`, `rope.inv_freq`, `attn_norm.eps`), or None."""
+        return self.tensor(CONSTANTS, layer, name, 0)
