@@ -96,7 +96,7 @@ def own_rounding(pair: Pair, on: Bench) -> Local | None:
     record = pair.reference
     place = (record.step, record.layer, record.tensor)
     spread = _SPREADS.get(record.tensor)
-    inputs = sources(place, on.pairs)
+    inputs = () if spread is None else sources(place, on.pairs)
     if spread is None or not inputs or pair.drift.equal or not coarse(on.facts):
         return None
     if not all(on.pairs[source].drift.equal for source in inputs):
