@@ -30,7 +30,6 @@ _METHODS = {
     Tensor.float: Tensor.double,
     Tensor.half: Tensor.double,
     Tensor.bfloat16: Tensor.double,
-    Tensor.cfloat: Tensor.cdouble,
 }
 _AS_THEY_ARE = frozenset(("view", "__get__", "__set__", "copy_", "set_", "can_cast", "promote_types", "result_type"))
 """Functions whose dtype is no cast (`view` reads bits anew), and those that change or name a tensor they are given."""
