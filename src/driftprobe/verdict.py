@@ -35,10 +35,11 @@ MODES = ("as_designed", "kv_aligned")
 
 def judge(traces: Sequence[Trace], payloads: PayloadSource) -> Judgement:
     """Return the judgement of all traces of a folder: MISMATCH before N/A before STRUCTURAL_DRIFT before NO_DRIFT."""
-    judged = [_climbed(trace, traces, payloads) for trace in base_traces(traces)]
+    base = base_traces(traces)
+    judged = [_climbed(trace, traces, payloads) for trace in base]
     names = [m for m in MODES if any(j.mode == m for j in judged)]
     names += sorted({j.mode for j in judged} - set(MODES))
-    modes = {name: _judge_mode(name, [j for j in judged if j.mode == name], traces) for name in names}
+    modes = {name: _judge_mode(name, [j for j in judged if j.mode == name], base) for name in names}
     verdict = _worst(mode.verdict for mode in modes.values())
     deciding = next((m for m in reversed(modes.values()) if m.verdict is verdict), None)
     return Judgement(
