@@ -221,6 +221,8 @@ def phase_of(arm: str, step: int) -> str:
     """The phase that an arm's records carry."""
     if arm[0] in "DA":
         return f"decode{step}"
+    if arm == "P@chunks":
+        return "prefill_chunked"
     return {"E": "prefill_ext", "N": "prefill_noise"}.get(arm[0], "prefill_last")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from driftprobe.errors import UsageError
-from driftprobe.plan import EXTENSIONS, NOISE_ARMS, Arm, Mode, Plan, Prompt, make_plan, sequence, tokens_needed
+from driftprobe.plan import EXTENSIONS, NOISE_ARMS, Arm, Mode, Plan, Prompt, at_rung, make_plan, sequence, tokens_needed
 
 PROMPT = Prompt("p", (5, 6, 7))
 N = 3
@@ -104,3 +104,45 @@ def test_a_prompt_that_does_not_fit_is_refused_in_five_parts(tokens, what, measu
     assert measured in error.measured
     assert error.allowed
     assert error.next_step
+
+
+def test_knobs_make_controls_of_their_own():
+    found = make_plan(
+        Mode.KV_ALIGNED,
+        Prompt("p", tuple(range(1, 41))),
+        steps=2,
+        seed=0,
+        max_positions=99,
+        knobs=("threads", "chunks"),
+    )
+    (chunked,) = arms(found, "P@chunks")
+    assert [(call.start, call.stop) for call in chunked.passes] == [(0, 16), (16, 32), (32, 42)]
+    assert [(r.phase_name, r.step, r.position) for call in chunked.passes for r in call.reads] == [
+        ("prefill_chunked", 0, 40),
+        ("prefill_chunked", 1, 41),
+    ]
+    turned = arms(found, "P@threads") + arms(found, "D@threads")
+    assert [arm.threads for arm in turned] == [True] * 3
+    assert not any(arm.threads for arm in found.arms if arm not in turned)
+
+
+def test_a_step_may_lie_in_a_chunk_before_the_last():
+    found = make_plan(
+        Mode.AS_DESIGNED, Prompt("p", tuple(range(1, 32))), steps=3, seed=0, max_positions=99, knobs=("chunks",)
+    )
+    (chunked,) = arms(found, "P@chunks")
+    assert [[r.position for r in call.reads] for call in chunked.passes] == [[], [31], [32, 33]]
+
+
+def test_a_prompt_within_one_chunk_has_none_and_a_rung_turns_no_knob():
+    short = make_plan(Mode.AS_DESIGNED, Prompt("p", (1, 2)), steps=1, seed=0, max_positions=99, knobs=("chunks",))
+    assert not arms(short, "P@chunks")
+    long = make_plan(
+        Mode.AS_DESIGNED,
+        Prompt("p", tuple(range(1, 41))),
+        steps=1,
+        seed=0,
+        max_positions=99,
+        knobs=("threads", "chunks"),
+    )
+    assert not [arm for arm in at_rung(long, "float64").arms if "@" in arm.name]

@@ -249,6 +249,7 @@ def make_plans(engine: Engine, prompts: Sequence[Prompt], options: RunOptions) -
             max_positions=engine.facts.max_positions,
             layers=options.layers,
             noise=engine.perturbs,
+            knobs=engine.knobs,
         )
         for mode in options.modes
         for prompt in prompts

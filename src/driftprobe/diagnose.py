@@ -10,6 +10,7 @@ from dataclasses import replace
 from driftprobe.causes import CAUSES
 from driftprobe.compare import NoPayloads, PayloadSource
 from driftprobe.explain import explain
+from driftprobe.floor import is_turned
 from driftprobe.judgement import (
     Cell,
     Diagnosis,
@@ -90,7 +91,10 @@ def _cause(failure: Failure, item: TraceJudgement) -> str:
         found = failure.diagnosis
         where = place(found.layer, found.tensor)
         return _with_reading(f"{where}: {CAUSES[found.cause].say(found.parameters)}", item.reading)
-    if failure.phase == "prefill_ext":
+    if is_turned(failure.arm):
+        knob = failure.arm.partition("@")[2]
+        return f"the engine's own knob: {place(failure.layer, failure.tensor)} changes with {_KNOBS.get(knob, knob)}"
+    if failure.of_control:
         return (
             f"prefill itself: the same token at {place(failure.layer, failure.tensor)} changes with what stands behind "
             "it or with the prefill's length, beyond rounding; look at the causal mask, chunking and reshapes by token "
@@ -100,15 +104,25 @@ def _cause(failure: Failure, item: TraceJudgement) -> str:
     return _with_reading(rows or _op_in_words(failure, item.cells), item.reading)
 
 
+def _other_control(failure: Failure) -> str:
+    return f"control {failure.arm}" if is_turned(failure.arm) else "a longer prefill"
+
+
+_KNOBS = {
+    "threads": "the number of threads, beyond rounding: a reduction that depends on it, or a race",
+    "chunks": "the prefill being fed in chunks, beyond rounding: positions, mask or cache of a call on a filled cache",
+}
+
+
 def _notes(failure: Failure, item: TraceJudgement) -> list[str]:
     """Return what else bears on the cause: the other kind of failure, and taps before it that are not told."""
     notes = []
-    other = next((f for f in item.failures if (f.phase == "prefill_ext") != (failure.phase == "prefill_ext")), None)
+    other = next((f for f in item.failures if f.of_control != failure.of_control), None)
     if other is not None:
         at = place(other.layer, other.tensor)
         notes.append(
-            f"a longer prefill differs too, first at {at}: the prefill may be the wrong side"
-            if other.phase == "prefill_ext"
+            f"{_other_control(other)} differs too, first at {at}: the prefill may be the wrong side"
+            if other.of_control
             else f"{other.phase} differs too, first at {at}"
         )
     first = (failure.step, execution_order(failure.layer, failure.tensor))

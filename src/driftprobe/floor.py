@@ -122,9 +122,19 @@ def is_extension(arm: str) -> bool:
     return _EXTENSION.fullmatch(arm) is not None
 
 
+def is_turned(arm: str) -> bool:
+    """Whether an arm is another run of P or D with a knob of the engine turned: `P@chunks`, `D@threads`."""
+    return arm[:2] in {"P@", "D@"}
+
+
+def repeated(arm: str) -> str:
+    """Return the arm that a control is compared with: P' and P@chunks repeat P, the others differ from P by design."""
+    return arm[0] if arm.endswith("'") or is_turned(arm) else "P"
+
+
 def is_control(arm: str) -> bool:
-    """Whether an arm is a repetition, an extension or a noise arm."""
-    return arm.endswith("'") or is_extension(arm) or _NOISE.fullmatch(arm) is not None
+    """Whether an arm is a repetition, an extension, a turned knob or a noise arm."""
+    return arm.endswith("'") or is_turned(arm) or is_extension(arm) or _NOISE.fullmatch(arm) is not None
 
 
 def innocent(pair: Pair, floors: Floors) -> bool:

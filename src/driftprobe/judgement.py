@@ -213,6 +213,11 @@ class Failure:
     rung: str = ""
     """The rung of the precision ladder at which it was seen; empty for the run itself."""
 
+    @property
+    def of_control(self) -> bool:
+        """Whether a control differs from what it repeats, and not decode from prefill."""
+        return self.arm not in {"D", "A", ""} or self.phase == "prefill_ext"
+
 
 @dataclass(frozen=True, slots=True)
 class Determinism:

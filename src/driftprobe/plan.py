@@ -16,6 +16,10 @@ EXTENSIONS: tuple[int, ...] = (1, 7, 31)
 """How many tokens longer the control prefills E1..Em are: one, an odd few, and past a 16- or 32-row kernel tile."""
 
 
+CHUNK = 16
+"""Tokens of a chunk of control P@chunks: a prefill fed in several calls on one cache."""
+KNOBS = ("threads", "chunks")
+"""What an engine may let us turn without changing what it computes; each makes controls of its own, `P@chunks`…"""
 NOISE_ARMS = 2
 """How many prefills with rounding noise, N1 and N2, an engine runs that can perturb itself."""
 
@@ -33,6 +37,7 @@ class Phase(str, Enum):
     PREFILL_LAST = "prefill_last"
     PREFILL_EXT = "prefill_ext"
     PREFILL_NOISE = "prefill_noise"
+    PREFILL_CHUNKED = "prefill_chunked"
     DECODE = "decode"
 
 
@@ -81,6 +86,8 @@ class Arm:
     """The step under which the engine keeps this arm's K/V rows, to align another arm with."""
     noise_seed: int | None = None
     """Arm N: every op's result is perturbed by a rounding error, drawn from this seed."""
+    threads: bool = False
+    """Run with another number of threads than the engine's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +119,11 @@ def make_plan(
     max_positions: int,
     layers: tuple[int, ...] | None = None,
     noise: bool = True,
+    knobs: Sequence[str] = (),
 ) -> Plan:
-    """Return the plan of one prompt in one mode; `noise` adds arms N for an engine that can perturb itself.
+    """Return the plan of one prompt in one mode.
+
+    `noise` adds arms N for an engine that can perturb itself, `knobs` the controls for what it lets us turn.
 
     Raises UsageError where the prompt is empty, or it and its `steps` tokens do not fit in `max_positions`.
     """
@@ -125,17 +135,19 @@ def make_plan(
     arms += [_extension(m, n, steps) for m in EXTENSIONS if n + steps + m <= max_positions]
     perturbed = range(1, NOISE_ARMS + 1) if noise else ()
     arms += [_noise(which, n, step, seed) for which in perturbed for step in range(steps)]
+    arms += _turned(n, steps, knobs)
     if mode is Mode.KV_ALIGNED:
         arms.append(_decode("A", n, steps, aligned=True))
     return Plan(mode, prompt, steps, seed, tuple(arms), layers)
 
 
 def at_rung(plan: Plan, rung: str) -> Plan:
-    """Return a plan's second run at a rung of the precision ladder: the same arms, but for the repetitions P' and D'.
+    """Return a plan's second run at a rung of the precision ladder: the same arms, but for repetitions and knobs.
 
-    Whether the engine repeats itself was asked in the first run.
+    Whether the engine repeats itself, and what its knobs do, was asked in the first run.
     """
-    return replace(plan, rung=rung, arms=tuple(arm for arm in plan.arms if not arm.name.endswith("'")))
+    kept = tuple(arm for arm in plan.arms if not arm.name.endswith("'") and "@" not in arm.name)
+    return replace(plan, rung=rung, arms=kept)
 
 
 def tokens_needed(plan: Plan) -> int:
@@ -181,6 +193,23 @@ def _decode(name: str, n: int, steps: int, *, aligned: bool = False) -> Arm:
         read = Read(name, Phase.DECODE, step, n + step)
         calls.append(Pass(n + step, n + step + 1, (read,), aligned_to=step if aligned else None))
     return Arm(name, tuple(calls))
+
+
+def _turned(n: int, steps: int, knobs: Sequence[str]) -> list[Arm]:
+    """Return the controls of an engine's knobs: another number of threads, a prefill in chunks."""
+    arms: list[Arm] = []
+    if "threads" in knobs:
+        plain = [*(_prefill("P@threads", n, step, keep=False) for step in range(steps)), _decode("D@threads", n, steps)]
+        arms += [replace(arm, threads=True) for arm in plain]
+    if "chunks" in knobs and n >= CHUNK:
+        reads = [Read("P@chunks", Phase.PREFILL_CHUNKED, step, n + step) for step in range(steps)]
+        starts = range(0, n + steps, CHUNK)
+        arms.append(Arm("P@chunks", tuple(_chunk(start, min(start + CHUNK, n + steps), reads) for start in starts)))
+    return arms
+
+
+def _chunk(start: int, stop: int, reads: Sequence[Read]) -> Pass:
+    return Pass(start, stop, tuple(read for read in reads if start <= read.position < stop))
 
 
 def _extension(m: int, n: int, steps: int) -> Arm:

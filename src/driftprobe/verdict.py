@@ -8,7 +8,18 @@ from dataclasses import replace
 
 from driftprobe.climb import climb, in_words
 from driftprobe.compare import Drift, Pair, Pairing, PayloadSource, pair
-from driftprobe.floor import LIMIT, Controls, Floor, Floors, innocent, is_control, is_extension, measure_floors
+from driftprobe.floor import (
+    LIMIT,
+    Controls,
+    Floor,
+    Floors,
+    innocent,
+    is_control,
+    is_extension,
+    is_turned,
+    measure_floors,
+    repeated,
+)
 from driftprobe.gates import Evidence, measure_determinism, pass_gates
 from driftprobe.impact import measure_impact, worst_impact
 from driftprobe.judgement import (
@@ -120,21 +131,26 @@ def _aligned(trace: Trace, payloads: PayloadSource) -> Pairing:
 
 
 def _controls(trace: Trace, payloads: PayloadSource) -> Controls:
-    """Return every control's pairs: X' with X, any other with P."""
+    """Return every control's pairs, with the arm that it repeats."""
     arms = sorted(arm for arm in {record.arm for record in trace.records} if is_control(arm))
-    return {arm: pair(trace, arm[:-1] if arm.endswith("'") else "P", arm, payloads).matched for arm in arms}
+    return {arm: pair(trace, repeated(arm), arm, payloads).matched for arm in arms}
 
 
 def _guilty_locally(trace: Trace, controls: Controls, payloads: PayloadSource) -> dict[str, list[tuple[Pair, float]]]:
-    """Return the longer prefills in which an op with equal inputs differs by more than its own rounding, and where."""
+    """Return the controls in which an op with equal inputs differs by more than its own rounding, and where."""
     guilty: dict[str, list[tuple[Pair, float]]] = {}
     for arm, pairs in controls.items():
-        if is_extension(arm):
+        if _is_held(arm):
             on = bench(trace, pairs, payloads)
             tested = [(pair, own_rounding(pair, on)) for pair in pairs]
             found = [(pair, told.excess) for pair, told in tested if told is not None and told.excess > LOCAL_LIMIT]
             guilty.update({arm: found} if found else {})
     return guilty
+
+
+def _is_held(arm: str) -> bool:
+    """Whether a control that rounding does not explain is a finding: a longer prefill, or a knob of the engine."""
+    return is_extension(arm) or is_turned(arm)
 
 
 def _cells(pairs: Sequence[Pair], floors: Floors, on: Bench) -> tuple[Cell, ...]:
@@ -173,15 +189,15 @@ def _failures(
     """
     decode = [_of_cell(cell) for cell in cells if cell.status is Status.FAIL]
     guilty = [
-        _failure(item, floors.bounds[(item.reference.layer, item.reference.tensor)], "prefill_ext")
+        _failure(item, floors.bounds[(item.reference.layer, item.reference.tensor)], item.candidate.phase)
         for arm, pairs in controls.items()
-        if is_extension(arm)
+        if _is_held(arm)
         for item in pairs
         if not innocent(item, floors)
     ]
     known = {(f.arm, f.step, f.layer, f.tensor) for f in guilty}
     guilty += [
-        replace(_failure(item, _floor_of(item, floors), "prefill_ext"), local=excess)
+        replace(_failure(item, _floor_of(item, floors), item.candidate.phase), local=excess)
         for found in local.values()
         for item, excess in found
         if (item.candidate.arm, item.reference.step, item.reference.layer, item.reference.tensor) not in known
@@ -200,7 +216,7 @@ def _of_cell(cell: Cell) -> Failure:
 
 
 def _order(failure: Failure) -> tuple[int, ExecutionOrder, bool]:
-    return (failure.step, execution_order(failure.layer, failure.tensor), failure.phase == "prefill_ext")
+    return (failure.step, execution_order(failure.layer, failure.tensor), failure.of_control)
 
 
 def _failure(pair: Pair, floor: Floor, phase: str) -> Failure:

@@ -42,6 +42,8 @@ class Constant:
 class Engine(Protocol):
     """One file in this folder and one line in its table make an engine."""
 
+    knobs: tuple[str, ...]
+    """Which of `plan.KNOBS` can be turned without changing what the engine computes."""
     perturbs: bool
     """Whether the engine can run arms N: its own ops with a rounding error added to each result."""
 

@@ -55,7 +55,9 @@ def _headline(judgement: Judgement) -> str:
         )
     failure = judgement.first_failure
     assert failure is not None, "a MISMATCH has a first failure"
-    other = "a longer prefill" if failure.phase == "prefill_ext" else "decode"
+    other = "decode"
+    if failure.of_control:
+        other = f"control {prose(failure.arm)}" if "@" in failure.arm else "a longer prefill"
     return f"prefill and {other} differ by more than arithmetic explains, first at {prose(facts.where(failure))}."
 
 
@@ -106,7 +108,9 @@ def _mismatch(failure: Failure, judgement: Judgement) -> list[str]:
 
 
 def _side(failure: Failure) -> str:
-    if failure.phase == "prefill_ext":
+    if "@" in failure.arm:
+        return "One arm was run twice with a knob of the engine turned. That alone does not say which setting is wrong."
+    if failure.of_control:
         return "Both sides are prefills, so the fault is in the prefill: it depends on the length or on later tokens."
     return "The two sides differ from there on. That alone does not say which of the two is wrong."
 

@@ -250,7 +250,7 @@ def _controls(usable: Sequence[TraceJudgement]) -> _Finding:
     if not drifts:
         return False, False, "no figure: no longer prefill was run"
     sizes = ", ".join(f"{arm} {number(drift)}" for arm, drift in sorted(drifts.items(), key=lambda d: (len(d[0]), d)))
-    guilty = [failure for item in usable for failure in item.failures if failure.phase == "prefill_ext"]
+    guilty = [failure for item in usable for failure in item.failures if failure.arm[:1] == "E"]
     if guilty:
         return (
             False,

@@ -71,7 +71,7 @@ def _failed(judgement: Judgement, traces: Sequence[Trace]) -> tuple[Record, ...]
     for trace in traces:
         here = [r for r in trace.records if (r.prompt, r.step, r.layer, r.tensor) == place]
         for reference in (r for r in here if (r.arm, r.phase) == ("P", "prefill_last")):
-            arms = {"D"} if failure.phase != "prefill_ext" else {r.arm for r in here} - {"P", "D", "A"}
+            arms = {"D"} if not failure.of_control else {r.arm for r in here} - {"P", "D", "A"}
             for other in here:
                 if other.arm in arms and other.phase == failure.phase and other.hash != reference.hash:
                     return (reference, other)

@@ -44,6 +44,7 @@ class HFEngine:
     """
 
     perturbs = True
+    knobs: tuple[str, ...] = ("threads", "chunks")
 
     def __init__(self, model: Any, tokenizer: Any = None, *, label: str = "") -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -108,7 +109,7 @@ class HFEngine:
     def run(self, arm: Arm, token_ids: Sequence[int], layers: frozenset[int]) -> Iterator[Tapped | Event]:
         """Run one arm on a fresh cache; see Engine.run."""
         spy = Spy(self.anatomy, self._learned, layers)
-        with self._evaluating(), self._noise(arm), spy.installed():
+        with self._evaluating(), self._noise(arm), _threads(arm), spy.installed():
             cache = self._cache()
             for call in arm.passes:
                 if call.aligned_to is not None:
@@ -328,6 +329,17 @@ def _casts(model: Any) -> dict[str, str]:
         return {"matmul": "tfloat32"}
     precision = torch.get_float32_matmul_precision()
     return {} if precision == "highest" else {"matmul": "tfloat32" if precision == "high" else "bfloat16"}
+
+
+@contextmanager
+def _threads(arm: Arm) -> Iterator[None]:
+    """Run an arm that asks for it with one thread, or with two where there was one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads((1 if before > 1 else 2) if arm.threads else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _accumulates(model: Any) -> str:
