@@ -87,6 +87,20 @@ def test_a_swap_is_seen_as_one(whole):
     assert found.equal == LENGTH - 2
 
 
+def test_of_several_equal_rows_the_one_that_fits_the_others_is_the_source():
+    """The same token has the same V row wherever no position is in it: rows 0, 2 and 4 are one row here."""
+
+    def alike(site, rows):
+        rows = rows.copy()
+        if (site.layer, site.tensor) == (1, "v_cache"):
+            rows[[2, 4]] = rows[0]
+            rows[:LENGTH] = np.roll(rows[:LENGTH], -1, axis=0) if site.arm[0] == "D" else rows[:LENGTH]
+        return rows
+
+    trace, _ = toy(alike)
+    assert of_trace(trace, NoPayloads(), "v_cache", 1).moved == tuple((i, i + 1) for i in range(LENGTH - 1))
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_another_layers_rows_are_named(whole):
     found = checked(of_layer_0, whole=whole)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,6 +21,7 @@ from driftprobe.judgement import (
     Status,
     TraceJudgement,
 )
+from driftprobe.row_causes import cause_of_rows, rows_in_words
 from driftprobe.scene import Scene
 from driftprobe.taps import BY_NAME, CACHE_TAPS, execution_order, place
 from driftprobe.trace import Trace
@@ -66,8 +66,9 @@ def _diagnose_trace(item: TraceJudgement, trace: Trace | None, payloads: Payload
     first = item.first_failure
     if first is None:
         return item
-    if trace is not None and first.diagnosis is None:
-        first = replace(first, diagnosis=explain(Scene(trace, item, first, payloads)) or _matched(first))
+    if first.diagnosis is None:
+        found = None if trace is None else explain(Scene(trace, item, first, payloads))
+        first = replace(first, diagnosis=found or _by_hashes(first, item) or _matched(first))
     return replace(item, failures=(replace(first, root_cause=root_cause(first, item)), *item.failures[1:]))
 
 
@@ -86,11 +87,24 @@ def root_cause(failure: Failure, item: TraceJudgement) -> str:
     return "; ".join((_cause(failure, item), *_notes(failure, item)))
 
 
+def _by_hashes(failure: Failure, item: TraceJudgement) -> Diagnosis | None:
+    """Return the cause that the row hashes alone prove, where every row of a failing cache tap is known again."""
+    check = _row_check(failure, item.rows)
+    found = None if check is None else cause_of_rows(check, item.prompt_len + failure.step)
+    if found is None or failure.of_control:
+        return None
+    return Diagnosis(*found, failure.layer, failure.tensor, residual=0.0, explained=1.0)
+
+
+def _row_check(failure: Failure, checks: Sequence[RowCheck]) -> RowCheck | None:
+    where = (failure.step, failure.layer, failure.tensor)
+    return next((c for c in checks if (c.step, c.layer, c.tensor) == where), None)
+
+
 def _cause(failure: Failure, item: TraceJudgement) -> str:
+    check = _row_check(failure, item.rows)
     if failure.diagnosis is not None:
-        found = failure.diagnosis
-        where = place(found.layer, found.tensor)
-        return _with_reading(f"{where}: {CAUSES[found.cause].say(found.parameters)}", item.reading)
+        return _with_reading(_diagnosis_in_words(failure.diagnosis, check), item.reading)
     if is_turned(failure.arm):
         knob = failure.arm.partition("@")[2]
         return f"the engine's own knob: {place(failure.layer, failure.tensor)} changes with {_KNOBS.get(knob, knob)}"
@@ -100,7 +114,7 @@ def _cause(failure: Failure, item: TraceJudgement) -> str:
             "it or with the prefill's length, beyond rounding; look at the causal mask, chunking and reshapes by token "
             "count"
         )
-    rows = _rows_in_words(failure, item.rows) if failure.tensor in CACHE_TAPS else ""
+    rows = rows_in_words(check) if check is not None else ""
     return _with_reading(rows or _op_in_words(failure, item.cells), item.reading)
 
 
@@ -112,6 +126,19 @@ _KNOBS = {
     "threads": "the number of threads, beyond rounding: a reduction that depends on it, or a race",
     "chunks": "the prefill being fed in chunks, beyond rounding: positions, mask or cache of a call on a filled cache",
 }
+
+
+def _diagnosis_in_words(found: Diagnosis, check: RowCheck | None) -> str:
+    """Return a cause in words; where it is about rows that the row check knows again, the check's, which name them."""
+    if check is not None and found.cause in _TOLD_BY_ROWS:
+        return rows_in_words(check)
+    words = CAUSES[found.cause].say(found.parameters)
+    if found.tensor in CACHE_TAPS:
+        return f"{'K' if found.tensor == 'k_cache' else 'V'} cache of layer {found.layer}: {words}"
+    return f"{place(found.layer, found.tensor)}: {words}"
+
+
+_TOLD_BY_ROWS = {"cache_shift", "cache_swapped", "cache_blocks", "cache_zero", "cache_other_layer"}
 
 
 def _notes(failure: Failure, item: TraceJudgement) -> list[str]:
@@ -154,62 +181,3 @@ def _op_in_words(failure: Failure, cells: Sequence[Cell]) -> str:
         f"its input agrees, {agree}, its result does not" if agree else "its result differs"
     )
     return f"{lead}; suspects: {tap.suspect}"
-
-
-def _rows_in_words(failure: Failure, checks: Sequence[RowCheck]) -> str:
-    mine = [c for c in checks if (c.step, c.layer, c.tensor) == (failure.step, failure.layer, failure.tensor)]
-    if not mine:
-        return ""
-    check, letter = mine[0], "K" if failure.tensor == "k_cache" else "V"
-    layer, n = check.layer, check.compared
-    if check.zero and not check.moved and not check.changed:
-        return f"{letter} {_rows(check.zero)} of layer {layer} {_are(check.zero)} zero"
-    if check.other_layer and not check.moved:
-        source = Counter(other for _, other in check.other_layer).most_common(1)[0][0]
-        positions = [position for position, _ in check.other_layer]
-        return (
-            f"{letter} {_rows(positions)} of layer {layer} {_are(positions)} layer {source}'s: "
-            "another layer's cache was read"
-        )
-    if check.moved:
-        return _moved_in_words(check, letter, layer, n)
-    if check.changed:
-        return (
-            f"{letter} {_rows(check.changed)} of layer {layer} (of {n}) "
-            f"{'differs' if len(check.changed) == 1 else 'differ'} from prefill's and match no other row: "
-            "overwritten, stale, or coarser than their dtype"
-        )
-    return ""
-
-
-def _moved_in_words(check: RowCheck, letter: str, layer: int, n: int) -> str:
-    pairs = set(check.moved)
-    if len(pairs) == 2 and {(b, a) for a, b in pairs} == pairs:
-        first, second = sorted(position for position, _ in pairs)
-        return f"{letter} rows {first} and {second} of layer {layer} stand in each other's place"
-    offsets = Counter((position - source) % max(n, 1) for position, source in check.moved)
-    offset, count = offsets.most_common(1)[0]
-    if count == len(check.moved):
-        signed = offset if offset <= n // 2 else offset - n
-        hold = "holds" if len(check.moved) == 1 else "hold"
-        empty = f", and {_rows(check.zero)} {_are(check.zero)} zero" if check.zero else ""
-        return (
-            f"{letter} {_rows([p for p, _ in check.moved])} of layer {layer} {hold} prefill's rows shifted by "
-            f"{'one' if abs(signed) == 1 else abs(signed)} ({'+' if signed > 0 else '−'}{abs(signed)}){empty}: "
-            "wrong cache slot"
-        )
-    shown = ", ".join(f"{position}←{source}" for position, source in check.moved[:4])
-    return f"{letter} rows of layer {layer} are prefill's in another order ({shown}): wrong slot or block table"
-
-
-def _rows(positions: Sequence[int]) -> str:
-    if len(positions) == 1:
-        return f"row {positions[0]}"
-    ordered = sorted(positions)
-    if ordered[-1] - ordered[0] == len(ordered) - 1:
-        return f"rows {ordered[0]}–{ordered[-1]}"
-    return f"{len(ordered)} rows ({', '.join(str(p) for p in ordered[:4])}{'…' if len(ordered) > 4 else ''})"
-
-
-def _are(positions: Sequence[int]) -> str:
-    return "is" if len(positions) == 1 else "are"

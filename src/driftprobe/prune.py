@@ -54,12 +54,16 @@ KEPT_FROM = 0.5
 
 
 def _wanted(judged: TraceJudgement) -> set[_Where]:
-    """Return the places whose whole tensors are needed: failures, near ones, and all rows of a failing cache tap."""
+    """Return the places whose whole tensors are needed to judge again as before.
+
+    They are the failures and near ones, what a matched filter pooled, and where a cache tap fails K and V rows of all
+    layers. `_explains` adds what a diagnosis reads.
+    """
     cells = (*judged.cells, *judged.aligned_cells)
     failing: set[_Where] = {(c.step, c.layer, c.tensor) for c in cells if c.status is Status.FAIL or _close(c)}
-    caches = {(step, tensor) for step, _, tensor in failing if tensor in CACHE_TAPS}
     failing |= {where for match in judged.matches for where in match.places}
-    return failing | {(c.step, c.layer, c.tensor) for c in cells if (c.step, c.tensor) in caches}
+    caches = {step for step, _, tensor in failing if tensor in CACHE_TAPS}
+    return failing | {(c.step, c.layer, c.tensor) for c in cells if c.tensor in CACHE_TAPS and c.step in caches}
 
 
 def _close(cell: Cell) -> bool:

@@ -6,7 +6,7 @@ whole tensors are at hand, a row that rounding has touched is still known by its
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -139,6 +139,7 @@ def _check(cell: Cell, known: _Known, numbers: _Numbers | None) -> RowCheck:
     shared = [p for p in sorted(reference.keys() & candidate.keys()) if token is None or p < token]
     own, zero = known[(cell.tensor, layer, cell.step)], zero_row_hash(cell.candidate)
     found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    sources: dict[int, set[int]] = {}
     for position in shared:
         row = candidate[position]
         equal = row == reference[position] or position in own.get(row, ())
@@ -150,7 +151,8 @@ def _check(cell: Cell, known: _Known, numbers: _Numbers | None) -> RowCheck:
         elif row == zero:
             kind, source = "zero", position
         elif row in own or near:
-            kind, source = "moved", min(own.get(row, near), key=lambda other: abs(other - position))
+            kind, source = "moved", position
+            sources[position] = own.get(row) or set(near)
         else:
             other = _other_layer(row, position, layer, cell, known, numbers)
             kind, source = ("changed", position) if other is None else ("other_layer", other)
@@ -163,10 +165,22 @@ def _check(cell: Cell, known: _Known, numbers: _Numbers | None) -> RowCheck:
         compared=len(shared),
         equal=len(found["equal"]),
         within=len(found["within"]),
-        moved=tuple(found["moved"]),
+        moved=_agreeing(sources),
         zero=tuple(position for position, _ in found["zero"]),
         other_layer=tuple(found["other_layer"]),
         changed=tuple(position for position, _ in found["changed"]),
+    )
+
+
+def _agreeing(sources: dict[int, set[int]]) -> tuple[tuple[int, int], ...]:
+    """Return (position, source) of each moved row; of several equal rows the one that as many others are as far from.
+
+    The same token gives the same row at many positions where no position is in it (V of the first layer).
+    """
+    votes = Counter(position - source for position, several in sources.items() for source in several)
+    return tuple(
+        (position, min(several, key=lambda source: (-votes[position - source], abs(position - source), source)))
+        for position, several in sources.items()
     )
 
 

@@ -46,4 +46,5 @@ class Expected:
     reading: str
     cause: str
     parameters: Parameters = field(default_factory=dict)
-    """By the words of `causes.CAUSES`. What depends on the prompt's length n is left to `Site.length`."""
+    """By the words of `causes.CAUSES`. What depends on the prompt (a row's number) is
+    filled in while it runs: read it afterwards, and run one prompt at a time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -16,7 +16,7 @@ from driftprobe.engines.hf.constants import constants_of
 from driftprobe.engines.hf.fused import same_bits
 from driftprobe.engines.hf.host import to_array
 from driftprobe.engines.hf.lifting import RUNG, Narrowings, lifted
-from driftprobe.engines.hf.noise import rounding_noise
+from driftprobe.engines.hf.noise import rounding_noise, with_cast_noise
 from driftprobe.engines.hf.planting import Site, cannot_act, plant
 from driftprobe.engines.hf.spy import Heard, Learned, Rows, Spy
 from driftprobe.engines.hf.trial import learn, taps_of, trial_length
@@ -40,15 +40,19 @@ class HFEngine:
     """A transformers causal language model, run one sequence at a time.
 
     `model` is any causal language model of transformers 4.40 or later, in evaluation mode while it is run; its code,
-    weights and attention kernel stay as they are.
+    weights and attention kernel stay as they are. `casts` declares coarser dtypes that the model's own code puts on the
+    path, by tap or by another word: `{"k_cache": "int8", "v_cache": "int8"}` for a quantised cache; see EngineFacts.
     """
 
     perturbs = True
     knobs: tuple[str, ...] = ("threads", "chunks")
 
-    def __init__(self, model: Any, tokenizer: Any = None, *, label: str = "") -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any = None, *, label: str = "", casts: Mapping[str, str] | None = None
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.anatomy = dissect(model)
+        self._declared = dict(casts or {})
         self._label = label or f"object:{type(model).__name__}"
         self._kept: dict[int, dict[int, Rows]] = {}
         parameters = inspect.signature(model.forward).parameters
@@ -111,6 +115,8 @@ class HFEngine:
         spy = Spy(self.anatomy, self._learned, layers)
         with self._evaluating(), self._noise(arm), _threads(arm), spy.installed():
             cache = self._cache()
+            if arm.noise_seed is not None:
+                with_cast_noise(cache, arm.noise_seed, self._declared)
             for call in arm.passes:
                 if call.aligned_to is not None:
                     yield self._align(arm, call, cache)
@@ -167,11 +173,12 @@ class HFEngine:
 
         Raises UsageError where the fault is unknown, cannot act in this model, or changes nothing in a sample run.
         """
-        clean = self._sample()
+        length = max(_SAMPLE, find_fault(fault).min_prompt + 1)
+        clean = self._sample(length)
         site = Site(self.model, self.anatomy, self.taps, latent=bool(self._learned.expanded))
         with plant(fault, site, strength) as expected:
             try:
-                changed = self._sample()
+                changed = self._sample(length)
             except EngineError as error:
                 raise cannot_act(fault, error.measured, "a model that runs with the fault in it") from error
             if all(map(same_bits, clean, changed)):
@@ -179,13 +186,13 @@ class HFEngine:
                                  "a model that computes what the fault breaks")  # fmt: skip
             yield expected
 
-    def _sample(self) -> list[torch.Tensor]:
+    def _sample(self, length: int = _SAMPLE) -> list[torch.Tensor]:
         """Return the logits of one decode step after a short prefill, and the cache rows that it leaves."""
-        tokens = self._some_tokens(_SAMPLE)
+        tokens = self._some_tokens(length)
         with self._evaluating():
             cache = self._cache()
             self._forward(tokens[:-1], 0, cache)
-            logits = self._forward(tokens[-1:], _SAMPLE - 1, cache).logits
+            logits = self._forward(tokens[-1:], length - 1, cache).logits
         return [logits, *(rows for layer in range(layer_count(cache)) for rows in stored_rows(cache, layer))]
 
     def _listen(self, spy: Spy, call: Pass, token_ids: Sequence[int], cache: Any) -> Heard:
@@ -271,7 +278,7 @@ class HFEngine:
 
     @property
     def _casts(self) -> dict[str, str]:
-        return {**_casts(self.model), **self._inner_cast}
+        return {**_casts(self.model), **self._inner_cast, **self._declared}
 
     def _casts_inside(self) -> dict[str, str]:
         """Return the coarsest dtype that a float64 model makes of float64 inside; norms, RoPE and softmax may."""

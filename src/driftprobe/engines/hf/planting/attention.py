@@ -1,4 +1,4 @@
-"""Plants faults of attention: positions, the cache's contents and extent, heads, scores."""
+"""Plants faults of attention: positions, the cache's extent, heads, scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from driftprobe.engines.hf.attention import sliding_window
-from driftprobe.engines.hf.cache import TupleCache, layer_count, opened, stored_rows
+from driftprobe.engines.hf.cache import TupleCache, opened, stored_rows
 from driftprobe.engines.hf.planting.base import (
     Call,
     Planter,
@@ -25,11 +25,10 @@ from driftprobe.engines.hf.planting.base import (
 from driftprobe.faults import Expected, find_fault
 
 _SCALE = ("scaling", "scale", "inv_norm_factor")
-_OF_K_AND_V = ("k_rows_swapped", "v_row_zero", "kv_heads_swapped")
+_OF_K_AND_V = ("kv_heads_swapped",)
 """Faults of keys and values as such, which a cache of latents does not hold."""
-_OF_THE_OLDEST_ROW = {"v_row_zero": 1, "oldest_key_masked": 0}
+_OF_THE_OLDEST_ROW = {"oldest_key_masked": 0}
 """Faults of row 0, and the layer that must still see it, which one with a sliding window soon does not."""
-_OF_TWO_ROWS = 2
 
 
 def _old(name: str) -> Planter:
@@ -105,17 +104,6 @@ def _attn_scale(site: Site, _call: Call) -> list[Undo]:
     return undo
 
 
-def _other_layer_cache(_site: Site, call: Call) -> list[Undo]:
-    cache = opened(call["past_key_values"])
-    pairs = list(zip(stored_rows(cache, 1), stored_rows(cache, 0), strict=True))
-    if any(mine.shape != other.shape for mine, other in pairs):
-        raise cannot_act("other_layer_cache", f"layer 0 holds {tuple(pairs[0][1].shape)}, layer 1 "
-                         f"{tuple(pairs[0][0].shape)}", "layers with caches of one shape")  # fmt: skip
-    for mine, other in pairs:
-        mine.copy_(other)
-    return []
-
-
 def _kv_heads_swapped(_site: Site, call: Call) -> list[Undo]:
     cache = opened(call["past_key_values"])
     if isinstance(cache, TupleCache):
@@ -132,36 +120,12 @@ def _kv_heads_swapped(_site: Site, call: Call) -> list[Undo]:
     return [partial(delattr, cache, "update")]
 
 
-def _cache_shift(cache: Any) -> None:
-    for layer in range(layer_count(cache)):
-        for rows in stored_rows(cache, layer):
-            rows.copy_(rows.roll(1, dims=2))
-            rows[:, :, 0] = 0  # nobody wrote this slot
-
-
-def _k_rows_swapped(cache: Any) -> None:
-    keys = stored_rows(cache, 1)[0]
-    count = keys.shape[2]
-    if count < _OF_TWO_ROWS:
-        raise cannot_act("k_rows_swapped", f"a prefill of {count} token", "a prompt of 2 tokens or more")
-    keys.copy_(keys[:, :, [count - 1, *range(1, count - 1), 0]])
-
-
-def _v_row_zero(cache: Any) -> None:
-    stored_rows(cache, 1)[1][:, :, 0] = 0
-
-
 _BEFORE_DECODE: dict[str, Callable[[Site, Call], list[Undo]]] = {
     "rope_plus_one": _rope_plus_one,
     "wrong_token": _wrong_token,
     "oldest_key_masked": _oldest_key_masked,
     "attn_scale": _attn_scale,
-    "other_layer_cache": _other_layer_cache,
     "kv_heads_swapped": _kv_heads_swapped,
 }
-_AFTER_PREFILL: dict[str, Callable[[Any], None]] = {
-    "cache_shift": _cache_shift,
-    "k_rows_swapped": _k_rows_swapped,
-    "v_row_zero": _v_row_zero,
-}
+_AFTER_PREFILL: dict[str, Callable[[Any], None]] = {}
 PLANTERS: dict[str, Planter] = {name: _old(name) for name in (*_BEFORE_DECODE, *_AFTER_PREFILL)}
