@@ -16,8 +16,8 @@ from driftprobe.taps import BY_NAME, CACHE_TAPS, Scope
 if TYPE_CHECKING:
     from driftprobe.trace import Header, Record
 
-CONSTANTS = "W"
-"""The arm of records that hold constants of the model, not results: `q_proj.weight`, `rope.inv_freq` of a layer."""
+CONSTANT_ARM = "W"
+"""The arm of the model's constants."""
 CONSTANT_PHASE = "constant"
 """Their phase; their step is 0."""
 Fault = tuple[str, str, str, str]
@@ -108,14 +108,14 @@ def _place_faults(record: Record) -> list[Fault]:
 
 def _constant_faults(record: Record) -> list[Fault]:
     """Constants have an arm and a phase of their own, no step and no token (M23)."""
-    if record.arm != CONSTANTS and record.phase != CONSTANT_PHASE:
+    if record.arm != CONSTANT_ARM and record.phase != CONSTANT_PHASE:
         return []
-    fits = record.arm == CONSTANTS and record.phase == CONSTANT_PHASE and record.step == 0
+    fits = record.arm == CONSTANT_ARM and record.phase == CONSTANT_PHASE and record.step == 0
     if fits and record.logical_tok_idx is None and record.token_id is None and record.tensor not in BY_NAME:
         return []
     measured = f"arm {record.arm}, {record.phase}, step {record.step}, {record.tensor}"
     return [("a constant that is none", measured,
-             f"arm {CONSTANTS}, phase {CONSTANT_PHASE}, step 0, no token, and not the name of a tap",
+             f"arm {CONSTANT_ARM}, phase {CONSTANT_PHASE}, step 0, no token, and not the name of a tap",
              "write results under another arm, and constants under this one")]  # fmt: skip
 
 
