@@ -38,7 +38,8 @@ def constants_of(model: Any, anatomy: Anatomy, learned: Learned, layers: frozens
     yield from _of_config(text_config(model))
     scale = embedding_scale(model)
     if scale is not None:
-        yield number(None, "embed.scale", scale)
+        inside = hasattr(anatomy.embed, "embed_scale")  # the lookup hands out rows that are scaled already
+        yield number(None, "embed.scale", 1.0 if inside else scale)
 
 
 def number(layer: int | None, name: str, value: float) -> Constant:

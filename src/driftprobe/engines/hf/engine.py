@@ -22,7 +22,7 @@ from driftprobe.engines.hf.spy import Heard, Learned, Rows, Spy
 from driftprobe.engines.hf.trial import learn, taps_of, trial_length
 from driftprobe.engines.hf.weights import weights_of
 from driftprobe.errors import EngineError, ModelError
-from driftprobe.faults import Expected
+from driftprobe.faults import Expected, find_fault
 from driftprobe.plan import Arm, Pass, Phase, Read
 from driftprobe.taps import BY_NAME, execution_order
 from driftprobe.trace import EngineFacts, Event
@@ -134,11 +134,12 @@ class HFEngine:
 
         Raises UsageError where the fault is unknown, cannot act in this model, or changes nothing in a sample run.
         """
-        clean = self._sample()
+        length = find_fault(fault).sample
+        clean = self._sample(length)
         site = Site(self.model, self.anatomy, self.taps, latent=bool(self._learned.expanded))
         with plant(fault, site, strength) as expected:
             try:
-                changed = self._sample()
+                changed = self._sample(length)
             except EngineError as error:
                 raise cannot_act(fault, error.measured, "a model that runs with the fault in it") from error
             if all(map(same_bits, clean, changed)):
@@ -146,13 +147,13 @@ class HFEngine:
                                  "a model that computes what the fault breaks")  # fmt: skip
             yield expected
 
-    def _sample(self) -> list[torch.Tensor]:
+    def _sample(self, length: int = _SAMPLE) -> list[torch.Tensor]:
         """Return the logits of one decode step after a short prefill, and the cache rows that it leaves."""
-        tokens = self._some_tokens(_SAMPLE)
+        tokens = self._some_tokens(length)
         with self._evaluating():
             cache = self._cache()
             self._forward(tokens[:-1], 0, cache)
-            logits = self._forward(tokens[-1:], _SAMPLE - 1, cache).logits
+            logits = self._forward(tokens[-1:], length - 1, cache).logits
         return [logits, *(rows for layer in range(layer_count(cache)) for rows in stored_rows(cache, layer))]
 
     def _listen(self, spy: Spy, call: Pass, token_ids: Sequence[int], cache: Any) -> Heard:
