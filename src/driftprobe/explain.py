@@ -26,6 +26,8 @@ def explain(scene: Scene) -> Diagnosis | None:
     best = min(fitting, key=lambda pair: _rank(*pair), default=None)
     if best is None:
         return None
+    if scene.failure.phase == "prefill_ext":
+        return replace(best[1], side=PREFILL)  # both arms are prefills
     told = blame(scene)
     return best[1] if told is None else replace(best[1], side=told.side)
 

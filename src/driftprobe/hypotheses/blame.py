@@ -47,7 +47,11 @@ def blame(scene: Scene) -> Blame | None:
 
 
 def _distance(view: View) -> float | None:
-    result, found = view.result(), replay(view)
+    try:
+        with np.errstate(all="ignore"):
+            result, found = view.result(), replay(view)
+    except (ValueError, IndexError):  # constants of shapes that do not go together explain nothing
+        return None
     return None if result is None or found is None else _relative(result, found)
 
 

@@ -67,7 +67,7 @@ def norm_input(view: View) -> Float64 | None:
     else:
         x = view.first(*NORM_INPUTS.get(view.tensor, ()))
     weight = view.constant(f"{view.tensor}.weight")
-    if x is not None and weight is not None and weight.size == x[0].size != x.shape[-1]:
+    if x is not None and weight is not None and weight.ndim == 1 and weight.size == x[0].size != x.shape[-1]:
         return x.reshape(len(x), -1)  # one norm over all heads together
     return x
 

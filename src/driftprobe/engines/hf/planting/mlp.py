@@ -71,7 +71,7 @@ def _length_dependent(site: Site, strength: float) -> Iterator[Expected]:
         return [swap_forward(module, on_result(lambda result: result * (1.0 + strength))) for module in modules]
 
     with during(site, is_long, change):
-        yield Expected(*site.first(0, "mlp_out", "x_out"), "none", "prefill_length")
+        yield Expected(*site.first(0, "mlp_out", "x_out"), "H0", "prefill_length")
 
 
 PLANTERS: dict[str, Planter] = {

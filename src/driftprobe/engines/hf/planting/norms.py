@@ -19,7 +19,9 @@ def _epsilon(site: Site, strength: float) -> Expected:
 
 
 def _with_epsilon(site: Site) -> list[tuple[Any, str]]:
-    norms = [module for module in site.model.modules() if "norm" in type(module).__name__.lower()]
+    owners = [*(layer.module for layer in site.anatomy.layers), site.anatomy.final_norm]
+    modules = [module for owner in owners if owner is not None for module in owner.modules()]
+    norms = [module for module in modules if "norm" in type(module).__name__.lower()]
     return [(module, name) for module in norms for name in EPSILON if isinstance(getattr(module, name, None), float)]
 
 
