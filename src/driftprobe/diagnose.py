@@ -10,6 +10,7 @@ from driftprobe.causes import CAUSES
 from driftprobe.compare import NoPayloads, PayloadSource
 from driftprobe.explain import explain
 from driftprobe.floor import is_turned
+from driftprobe.hypotheses.blame import Blame, blame
 from driftprobe.judgement import (
     Cell,
     Diagnosis,
@@ -66,10 +67,28 @@ def _diagnose_trace(item: TraceJudgement, trace: Trace | None, payloads: Payload
     first = item.first_failure
     if first is None:
         return item
+    told = None
+    if trace is not None:
+        told = blame(Scene(trace, item, first, payloads))
     if first.diagnosis is None:
         found = None if trace is None else explain(Scene(trace, item, first, payloads))
         first = replace(first, diagnosis=found or _by_hashes(first, item) or _matched(first))
-    return replace(item, failures=(replace(first, root_cause=root_cause(first, item)), *item.failures[1:]))
+    words = root_cause(first, item)
+    if told is not None:
+        words = f"{words}; {_blame_in_words(told, first)}"
+    return replace(item, failures=(replace(first, root_cause=words), *item.failures[1:]))
+
+
+def _blame_in_words(told: Blame, failure: Failure) -> str:
+    """Return which side is at fault, with the evidence."""
+    names, sizes = ("decode", "prefill"), (told.decode, told.prefill)
+    if failure.of_control:
+        names = ("the longer prefill", "prefill")
+    (right, near), (wrong, far) = sorted(zip(names, sizes, strict=True), key=lambda pair: pair[1])
+    return (
+        f"{wrong} is the wrong side: {right}'s {failure.tensor} agrees with a replay from its input ({near:.1e}), "
+        f"{wrong}'s does not ({far:.1e})"
+    )
 
 
 def _matched(failure: Failure) -> Diagnosis | None:

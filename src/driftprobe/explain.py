@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
 from driftprobe.fingerprint import Float64, l2_norm
 from driftprobe.floor import LIMIT
 from driftprobe.hypotheses import HYPOTHESES, Prediction
+from driftprobe.hypotheses.base import PREFILL
+from driftprobe.hypotheses.blame import blame
 from driftprobe.judgement import Diagnosis
 from driftprobe.scene import Scene
 
@@ -20,13 +23,25 @@ def explain(scene: Scene) -> Diagnosis | None:
     """Return the cause whose prediction fits the failing tensor best, or None where none explains it."""
     found = [_judged(prediction, scene) for family in HYPOTHESES for prediction in family(scene)]
     fitting = [(prediction, diagnosis) for prediction, diagnosis in filter(None, found) if _fits(diagnosis, scene)]
-    best = min(fitting, key=lambda pair: (pair[1].residual, pair[0].fitted), default=None)
-    return None if best is None else best[1]
+    best = min(fitting, key=lambda pair: _rank(*pair), default=None)
+    if best is None:
+        return None
+    if scene.failure.phase == "prefill_ext":
+        return replace(best[1], side=PREFILL)  # both arms are prefills
+    told = blame(scene)
+    return best[1] if told is None else replace(best[1], side=told.side)
+
+
+def _rank(prediction: Prediction, found: Diagnosis) -> tuple[bool, float, int]:
+    """The smallest residual is best; a prediction with a free number for every element comes after all others."""
+    return (prediction.fitted >= prediction.predicted.size, found.residual, prediction.fitted)
 
 
 def _judged(prediction: Prediction, scene: Scene) -> tuple[Prediction, Diagnosis] | None:
     reference = scene.reference(prediction.layer, prediction.tensor)
     candidate = scene.candidate(prediction.layer, prediction.tensor)
+    if prediction.side == PREFILL:  # the roles are exchanged: it says what prefill would have
+        reference, candidate = candidate, reference
     if reference is None or candidate is None or candidate.shape != prediction.predicted.shape:
         return None
     size = l2_norm(reference[np.isfinite(reference)])

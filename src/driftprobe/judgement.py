@@ -187,6 +187,8 @@ class Diagnosis:
     """Share of the difference that the cause explains: 1 − ‖candidate − predicted‖² / ‖candidate − reference‖²."""
     z: float | None = None
     """The fitted parameter in its own standard errors, where it was estimated under noise."""
+    side: str = ""
+    """The side at fault, `decode` or `prefill`, where a replay of the op from its captured inputs shows it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,8 @@ class Fault:
     """Tokens that a prompt must have for the fault to change anything."""
     min_layers: int = 1
     min_kv_heads: int = 1
+    sample: int = 6
+    """Tokens of the short run that must show whether it changes anything."""
     side: str = "decode"
     """The side that is broken: `decode`, or `prefill`."""
 

@@ -13,17 +13,17 @@ import numpy as np
 import torch
 
 from driftprobe.engines.base import Constant
+from driftprobe.engines.hf.activations import activation_of
 from driftprobe.engines.hf.anatomy import Anatomy, Layer, text_config
 from driftprobe.engines.hf.attention import sliding_window
 from driftprobe.engines.hf.host import to_array
 from driftprobe.engines.hf.norms import recognise
 from driftprobe.engines.hf.spy import Learned
-from driftprobe.engines.hf.weights import biases, branch_norms, experts_of, output_head
+from driftprobe.engines.hf.weights import biases, branch_norms, embedding_scale, experts_of, output_head, renormalises
 
 _SCORE_SCALE = ("scaling", "scale", "inv_norm_factor", "softmax_scale", "scale_attn", "norm_factor")
 _SOFTCAP = ("attn_logit_softcapping", "logit_softcapping", "attn_softcapping")
-_MULTIPLIERS = {"logits.softcap": ("final_logit_softcapping",), "embed.multiplier": ("embedding_multiplier",),
-                "residual.multiplier": ("residual_multiplier",)}  # fmt: skip
+_OF_CONFIG = {"logits.softcap": "final_logit_softcapping", "residual.multiplier": "residual_multiplier"}
 
 
 def constants_of(model: Any, anatomy: Anatomy, learned: Learned, layers: frozenset[int]) -> Iterator[Constant]:
@@ -36,9 +36,10 @@ def constants_of(model: Any, anatomy: Anatomy, learned: Learned, layers: frozens
     if head is not None and isinstance(getattr(head, "bias", None), torch.Tensor):
         yield Constant(None, "logits.bias", to_array(head.bias))
     yield from _of_config(text_config(model))
-    scale = _embed_scale(anatomy.embed)
+    scale = embedding_scale(model)
     if scale is not None:
-        yield number(None, "embed.scale", scale)
+        inside = hasattr(anatomy.embed, "embed_scale")  # the lookup hands out rows that are scaled already
+        yield number(None, "embed.scale", 1.0 if inside else scale)
 
 
 def number(layer: int | None, name: str, value: float) -> Constant:
@@ -61,6 +62,12 @@ def _of_layer(model: Any, anatomy: Anatomy, learned: Learned, layer: Layer) -> I
     experts = experts_of(layer)
     if experts is not None and experts.chosen:
         yield number(i, "expert_ids.count", experts.chosen)
+        sums = renormalises(layer)
+        if sums is not None:
+            yield number(i, "expert_ids.renormalised", float(sums))
+    activation = activation_of(layer)
+    if activation is not None:
+        yield Constant(i, "mlp_out.activation", to_array(activation))
 
 
 def _norm(layer: int | None, tensor: str, module: Any) -> Iterator[Constant]:
@@ -139,20 +146,12 @@ def _slopes(model: Any, heads: int) -> torch.Tensor | None:
 
 
 def _of_config(config: Any) -> Iterator[Constant]:
-    for constant, names in _MULTIPLIERS.items():
-        value = next((v for name in names if isinstance(v := getattr(config, name, None), int | float)), None)
-        if value is not None:
+    for constant, name in _OF_CONFIG.items():
+        value = getattr(config, name, None)
+        if isinstance(value, int | float):
             yield number(None, constant, value)
     scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
     if isinstance(scale, int | float):
         yield number(None, "logits.scale", scale)
     elif isinstance(divisor, int | float) and divisor:
         yield number(None, "logits.scale", 1.0 / divisor)
-
-
-def _embed_scale(embed: Any) -> float | None:
-    """Return the factor that an embedding module multiplies its rows by; None where it only looks them up."""
-    scale = getattr(embed, "embed_scale", None)
-    if isinstance(scale, torch.Tensor):
-        return float(scale)
-    return float(scale) if isinstance(scale, int | float) else None

@@ -22,7 +22,7 @@ from driftprobe.engines.hf.spy import Heard, Learned, Rows, Spy
 from driftprobe.engines.hf.trial import learn, taps_of, trial_length
 from driftprobe.engines.hf.weights import weights_of
 from driftprobe.errors import EngineError, ModelError, UsageError
-from driftprobe.faults import Expected
+from driftprobe.faults import Expected, find_fault
 from driftprobe.plan import Arm, Pass, Phase, Read
 from driftprobe.taps import BY_NAME, execution_order
 from driftprobe.trace import EngineFacts, Event
@@ -173,7 +173,8 @@ class HFEngine:
 
         Raises UsageError where the fault is unknown, cannot act in this model, or changes nothing in a sample run.
         """
-        length = max(_SAMPLE, find_fault(fault).min_prompt + 1)
+        declared = find_fault(fault)
+        length = max(declared.sample, declared.min_prompt + 1)
         clean = self._sample(length)
         site = Site(self.model, self.anatomy, self.taps, latent=bool(self._learned.expanded))
         with plant(fault, site, strength) as expected:

@@ -6,6 +6,7 @@ outputs are (`fused.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from driftprobe.engines.base import Constant
-from driftprobe.engines.hf.anatomy import Anatomy, Layer
+from driftprobe.engines.hf.anatomy import Anatomy, Layer, text_config
 from driftprobe.engines.hf.fused import split
 from driftprobe.engines.hf.host import to_array
 from driftprobe.engines.hf.spy import Learned
@@ -178,10 +179,45 @@ def _expert(module: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:
     return None if gate is None or up is None or down is None else (gate, up, down)
 
 
+def renormalises(layer: Layer) -> bool | None:
+    """Return whether the chosen experts' softmax weights are made to sum to one; None where that is not known."""
+    owners = [owner for owner in (layer.router, layer.mlp_in) if owner is not None]
+    stated = next((v for o in owners if isinstance(v := getattr(o, "norm_topk_prob", None), bool)), None)
+    if stated is None and any(type(owner).__name__.startswith("Mixtral") for owner in owners):
+        return True  # Mixtral's code always does, and has no setting for it
+    return stated
+
+
+def embedding_scale(model: Any) -> float | None:
+    """Return the factor between a row of the embedding table and the first layer's input; None where there is none."""
+    embed = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    config = text_config(model)
+    own, other = getattr(embed, "embed_scale", None), getattr(config, "embedding_multiplier", None)
+    if isinstance(own, Tensor | int | float):
+        return float(own)
+    if isinstance(other, int | float):
+        return float(other)
+    if str(getattr(config, "model_type", "")).startswith("gemma"):
+        return math.sqrt(config.hidden_size)  # before transformers 5, Gemma's code multiplies by it
+    return None
+
+
 def position_table(model: Any) -> Tensor | None:
     """Return a learned position embedding, row k for position k (OPT keeps two rows before that of position 0)."""
-    for path, module in model.named_modules():
-        if path.rsplit(".", 1)[-1] in _POSITIONS and isinstance(getattr(module, "weight", None), Tensor):
-            weight: Tensor = module.weight
-            return weight[int(getattr(module, "offset", 0) or 0) :]
-    return None
+    module = position_module(model)
+    if module is None:
+        return None
+    weight: Tensor = module.weight
+    return weight[int(getattr(module, "offset", 0) or 0) :]
+
+
+def position_module(model: Any) -> Any:
+    """Return the module of a learned position embedding, or None."""
+    return next(
+        (
+            module
+            for path, module in model.named_modules()
+            if path.rsplit(".", 1)[-1] in _POSITIONS and isinstance(getattr(module, "weight", None), Tensor)
+        ),
+        None,
+    )

@@ -1,0 +1,79 @@
+"""Hypotheses about projections: a bias left out, weights rounded to a few bits, other weights of low rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from driftprobe.fingerprint import Float64, l2_norm
+from driftprobe.floor import LIMIT
+from driftprobe.hypotheses.ops import linear, linear_input
+from driftprobe.hypotheses.view import Guess, Guesses, View
+
+TAPS = frozenset({"q_proj", "k_proj", "v_proj", "attn_out", "router_logits"})
+BITS = (8, 4)
+GROUPS = (0, -1, 32, 64, 128)
+"""Inputs that share a scale: all of an output (0), all of the matrix (−1), or so many neighbours."""
+_ALIKE = 1e-6
+"""Below this share of the largest, a singular value is rounding of the largest's own."""
+
+
+def guesses(view: View) -> Guesses:
+    """Yield what the failing projection would give under each cause."""
+    weight = view.constant(f"{view.tensor}.weight")
+    if view.tensor not in TAPS or weight is None or linear_input(view) is None:
+        return
+    if view.constant(f"{view.tensor}.bias") is not None:
+        bare = linear(view, weight, biased=False)
+        if bare is not None:
+            yield Guess("bias_missing", {}, bare)
+    for bits, rounded in quantised(weight):
+        predicted = linear(view, rounded)
+        if predicted is not None:
+            yield Guess("weights_quantised", {"bits": bits}, predicted)
+    yield from _other_weights(view)
+
+
+def quantised(weight: Float64) -> Iterator[tuple[int, Float64]]:
+    """Yield a matrix `[out, in]` rounded to signed integers of 8 and 4 bits, with scales shared in usual ways.
+
+    Symmetric rounding to nearest with the largest magnitude at the largest integer, as in LLM.int8 (Dettmers et al.
+    2022) for rows and GPTQ's baseline (Frantar et al. 2023) for groups.
+    """
+    out, width = weight.shape
+    for bits in BITS:
+        for group in GROUPS:
+            if group > 0 and (width % group or group >= width):
+                continue
+            rows = weight.reshape(1, -1) if group < 0 else weight.reshape(out, -1, group or width)
+            scale = np.abs(rows).max(-1, keepdims=True) / (2 ** (bits - 1) - 1)
+            scale = np.where(scale == 0.0, 1.0, scale)
+            yield bits, (np.round(rows / scale) * scale).reshape(out, width)
+
+
+def _other_weights(view: View) -> Guesses:
+    """What is left where nothing else fits: the weights are others. Their change has the rank that the steps show.
+
+    Each step gives one vector, (change of the weights) · input; so many steps show a rank of at most so many.
+    """
+    changes = [found for step in range(view.scene.trace.header.steps) if (found := _change(view.at(step))) is not None]
+    own, mine = _change(view), _plain(view)
+    if own is None or mine is None or not changes:
+        return
+    _, sizes, rows = np.linalg.svd(np.stack(changes), full_matrices=False)
+    floor = LIMIT * view.scene.failure.floor * l2_norm(mine.reshape(-1)) * len(changes) ** 0.5
+    rank = max(1, int((sizes > max(floor, _ALIKE * sizes[0])).sum()))
+    basis = rows[:rank]
+    predicted = mine + ((own @ basis.T) @ basis).reshape(mine.shape)
+    yield Guess("adapter", {"rank": rank}, predicted, fitted=mine.size)
+
+
+def _change(view: View) -> Float64 | None:
+    result, mine = view.result(), _plain(view)
+    return None if result is None or mine is None else (result - mine).reshape(-1)
+
+
+def _plain(view: View) -> Float64 | None:
+    weight = view.constant(f"{view.tensor}.weight")
+    return None if weight is None else linear(view, weight)
