@@ -28,6 +28,7 @@ from driftprobe.judgement import (
 from driftprobe.local import LOCAL_LIMIT, Bench, bench, own_rounding
 from driftprobe.matched import match_filters
 from driftprobe.rows import check_rows, kv_indicators
+from driftprobe.scores import pass_shifts, without_shifts
 from driftprobe.taps import ExecutionOrder, execution_order, place
 from driftprobe.trace import CONSTANTS, COST, Record, Trace
 
@@ -76,10 +77,13 @@ def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
     """Return the judgement of one prompt in one mode."""
     decode, aligned = pair(trace, "P", "D", payloads), _aligned(trace, payloads)
     controls = _controls(trace, payloads)
+    pairs = (*decode.matched, *aligned.matched)
     local = _guilty_locally(trace, controls, payloads)
-    floors = measure_floors(trace.header, (*decode.matched, *aligned.matched), controls, frozenset(local))
-    cells = _cells(decode.matched, floors, bench(trace, decode.matched, payloads))
-    aligned_cells = _cells(aligned.matched, floors, bench(trace, aligned.matched, payloads))
+    controls = without_shifts(controls, measure_floors(trace.header, pairs, controls, frozenset(local)))
+    floors = measure_floors(trace.header, pairs, controls, frozenset(local))
+    cells, aligned_cells = (
+        pass_shifts(_cells(found.matched, floors, bench(trace, found.matched, payloads))) for found in (decode, aligned)
+    )
     strangers = tuple(r for r in trace.records if r.arm not in (*_COMPARED, CONSTANTS) and not is_control(r.arm))
     evidence = Evidence(trace, decode, aligned, strangers, controls, floors, cells)
     gates = pass_gates(evidence)
