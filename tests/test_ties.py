@@ -12,8 +12,9 @@ import pytest
 from driftprobe.compare import NoPayloads
 from driftprobe.fingerprint import Array
 from driftprobe.judgement import Judgement, TraceJudgement, Verdict
+from driftprobe.ties import _numbers
 from driftprobe.verdict import judge
-from make_trace import LAYER_TAPS, Change, Site, both, drifting, toy
+from make_trace import LAYER_TAPS, Change, Site, both, drifting, record, toy
 
 TAPS = (*LAYER_TAPS, "router_logits", "expert_ids")
 CLOSE, FAR = 1e-6, 0.5
@@ -103,6 +104,12 @@ def test_a_longer_prefill_that_flips_is_no_guilty_control():
     behind = drifting(0.5, arms=("E1",), start=(1, "mlp_out"), caches=False)
     found, _ = judged(clean, alike, flipped, behind)
     assert found.verdict is Verdict.NO_DRIFT, found.reason
+
+
+def test_a_sketch_of_few_elements_holds_them_all():
+    array = np.random.default_rng(0).standard_normal((1, 40))
+    assert np.array_equal(_numbers(record("P", 0, "router_logits", array), NoPayloads()), array[0])  # type: ignore[arg-type]
+    assert _numbers(record("P", 0, "router_logits", np.ones((1, 65))), NoPayloads()) is None
 
 
 # ---- models
