@@ -219,7 +219,7 @@ def toy_record(site: Site, array: Array, prompt: str = "p0") -> Record:
 
 def phase_of(arm: str, step: int) -> str:
     """The phase that an arm's records carry."""
-    if arm[0] in "DA":
+    if arm[0] in "DAT":
         return f"decode{step}"
     if arm == "P@chunks":
         return "prefill_chunked"

@@ -32,7 +32,8 @@ LADDER = (
     {"floor", "validate", "local"},
     {"matched"},
     {"judgement"},
-    {"gates", "rows", "row_causes", "impact", "climb"},
+    {"gates", "rows", "row_causes", "impact", "climb", "scores"},
+    {"ties"},
     {"verdict", "scene"},
     {"hypotheses"},
     {"explain"},
@@ -42,8 +43,7 @@ LADDER = (
 """Lowest first: a module imports from its own step downwards. Modules that stand nowhere are checked one by one."""
 STEP = {name: step for step, names in enumerate(LADDER) for name in names}
 MIDDLE = ("compare", "floor", "local", "matched", "judgement", "gates", "rows", "row_causes", "impact", "climb",
-          "verdict", "scene",
-          "hypotheses", "explain", "diagnose", "report")  # fmt: skip
+          "scores", "ties", "verdict", "scene", "hypotheses", "explain", "diagnose", "report")  # fmt: skip
 JUDGEMENT = tuple(name for name in MIDDLE if name != "report")
 THIRD_PARTY = {"numpy", "ml_dtypes", "xxhash", "msgspec", "safetensors"}
 """What analysis may stand on; torch and transformers are an engine's own."""

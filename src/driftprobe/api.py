@@ -227,7 +227,7 @@ def _add_matrices(engine: Engine, result: Result, stage: Layout) -> bool:
         if judged.first_failure is not None
     ]
     for judged, first in failing:
-        trace = next(t for t in result.traces if t.path == judged.file)
+        trace = next(t for t in result.traces if t.path == judged.decided_by.file)
         left_out = add_constants(trace, engine.weights(first.layer, first.tensor), stage.traces)
         if left_out:
             with (stage.logs / trace.path.replace(".jsonl", ".log")).open("a", encoding="utf-8") as log:
@@ -250,6 +250,7 @@ def make_plans(engine: Engine, prompts: Sequence[Prompt], options: RunOptions) -
             layers=options.layers,
             noise=engine.perturbs,
             knobs=engine.knobs,
+            routed="expert_ids" in engine.taps,
         )
         for mode in options.modes
         for prompt in prompts

@@ -17,7 +17,7 @@ from driftprobe.plan import Plan, sequence, tokens_needed
 from driftprobe.taps import CACHE_TAPS
 from driftprobe.trace import CONSTANTS, COST, Event, Header, PlannedRead, Record, Top, TraceWriter
 
-PAYLOAD_ARMS = "PDAE"
+PAYLOAD_ARMS = "PDATE"
 """First letters of the arms whose tensors are kept whole: the rest, P', D' and N, are judged by their sketches."""
 TOP = 16
 """How many of the largest logits a record carries."""

@@ -77,8 +77,15 @@ def _outcome(base: TraceJudgement, rung: TraceJudgement, slopes: Sequence[Slope]
 def _scale(failures: Sequence[Failure], slopes: Sequence[Slope]) -> bool:
     """Whether failures are moderate, and each tap's drift shrinks with the roundoff."""
     by_place = {(slope.layer, slope.tensor): slope for slope in slopes}
-    moderate = max(failure.excess for failure in failures) <= MODERATE
-    return moderate and all(_shrinks(by_place.get((failure.layer, failure.tensor))) for failure in failures)
+    return all(map(_moderate, failures)) and all(
+        _shrinks(by_place.get((failure.layer, failure.tensor))) for failure in failures
+    )
+
+
+def _moderate(failure: Failure) -> bool:
+    """Whether a failure may be a margin set too low; one that moves all elements one way is no tail of anything."""
+    local = 0.0 if failure.local is None else failure.local
+    return failure.match is None and local <= MODERATE / LIMIT * LOCAL_LIMIT and failure.excess <= MODERATE
 
 
 def _shrinks(slope: Slope | None) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from driftprobe.compare import Pair, Pairing
+from driftprobe.compare import SCORES, Pair, Pairing
 from driftprobe.fingerprint import UNIT_ROUNDOFF
 from driftprobe.floor import UNKNOWN_DTYPE, Controls, Floors, innocent
 from driftprobe.judgement import Cell, Determinism, Gate, Status
@@ -203,7 +203,12 @@ def _plausible(cells: Sequence[Cell]) -> Gate:
 
 
 def _large(cell: Cell) -> bool:
-    """Beyond the limit, in whichever norm the evidence has: this gate ends in N/A, so it need not be proven."""
+    """Beyond the limit, in whichever norm the evidence has: this gate ends in N/A, so it need not be proven.
+
+    Scores that pass all the same are shifted by a constant, which has no effect (`scores.pass_shifts`).
+    """
+    if cell.tensor == SCORES and cell.status is Status.PASS:
+        return False
     return cell.beyond_floor or (cell.drift.value is not None and cell.drift.value > cell.floor.limit)
 
 

@@ -9,7 +9,9 @@ import numpy as np
 
 from driftprobe.compare import PayloadSource
 from driftprobe.fingerprint import Float64, to_float64
+from driftprobe.floor import Floor
 from driftprobe.judgement import Cell, Impact
+from driftprobe.trace import Record
 
 RMS_TO_MAX = 4.0
 """Largest of a vocabulary's rounding errors in units of their root mean square (four standard deviations)."""
@@ -82,10 +84,14 @@ def rounding_of_a_logit(cell: Cell) -> float | None:
 
     None where the trace does not say how large the logits are.
     """
-    shape, l2 = cell.reference.shape, cell.reference.l2
-    if not shape or l2 is None:
+    return rounding_of_difference(cell.reference, cell.floor)
+
+
+def rounding_of_difference(record: Record, floor: Floor) -> float | None:
+    """Return how far rounding moves the difference of two elements of a tensor: floor × rms × 4, twice; or None."""
+    if not record.shape or record.l2 is None:
         return None
-    return 2 * RMS_TO_MAX * cell.floor.value * l2 / math.sqrt(math.prod(shape))
+    return 2 * RMS_TO_MAX * floor.value * record.l2 / math.sqrt(math.prod(record.shape))
 
 
 def _log_softmax(logits: Float64) -> Float64:

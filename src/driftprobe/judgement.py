@@ -222,6 +222,31 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class TieFlip:
+    """Another choice of experts, between logits so close that rounding alone can turn it."""
+
+    step: int
+    layer: int | None
+    left: tuple[int, ...]
+    """Experts that prefill chose and decode did not."""
+    came: tuple[int, ...]
+    """Experts that decode chose in their stead."""
+    margin: float
+    """By how much prefill preferred those that left: the largest difference of their logits in prefill."""
+    allowed: float
+    """How far rounding can move such a difference."""
+
+    @property
+    def words(self) -> str:
+        """The flip in a sentence."""
+        left, came = (", ".join(map(str, experts)) for experts in (self.left, self.came))
+        return (
+            f"a near tie between experts that rounding flips: at layer {self.layer} decode chose {came} where prefill "
+            f"chose {left}, margin {self.margin:.2e} (rounding can move it by {self.allowed:.2e})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Determinism:
     """Whether running the same arm again gives the same bits."""
 
@@ -334,6 +359,8 @@ class TraceJudgement:
     file: str = ""
     matches: tuple[Match, ...] = ()
     """What matched filters found in decode under the floor."""
+    flips: tuple[TieFlip, ...] = ()
+    """Near ties between experts that decode settled otherwise; behind them arm T was compared, with routing aligned."""
     ladder: Ladder | None = None
     """The same prompt and mode at a higher precision, where it was run."""
 

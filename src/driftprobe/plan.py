@@ -74,6 +74,8 @@ class Pass:
     reads: tuple[Read, ...] = ()
     aligned_to: int | None = None
     """The step whose P rows replace this arm's cache rows [0, start) just before the call (arm A)."""
+    routed_to: int | None = None
+    """The step whose P chose the experts of this call's tokens (arms T and N)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +122,13 @@ def make_plan(
     layers: tuple[int, ...] | None = None,
     noise: bool = True,
     knobs: Sequence[str] = (),
+    routed: bool = False,
 ) -> Plan:
     """Return the plan of one prompt in one mode.
 
     `noise` adds arms N for an engine that can perturb itself, `knobs` the controls for what it lets us turn.
+
+    `routed` adds arm T for a model that chooses experts: decode with prefill's choice; arms N then have it too.
 
     Raises UsageError where the prompt is empty, or it and its `steps` tokens do not fit in `max_positions`.
     """
@@ -134,8 +139,10 @@ def make_plan(
     arms = [*prefills, _decode("D", n, steps), *again, _decode("D'", n, steps)]
     arms += [_extension(m, n, steps) for m in EXTENSIONS if n + steps + m <= max_positions]
     perturbed = range(1, NOISE_ARMS + 1) if noise else ()
-    arms += [_noise(which, n, step, seed) for which in perturbed for step in range(steps)]
+    arms += [_noise(which, n, step, seed, routed) for which in perturbed for step in range(steps)]
     arms += _turned(n, steps, knobs)
+    if routed:
+        arms.append(_decode("T", n, steps, routed=True))
     if mode is Mode.KV_ALIGNED:
         arms.append(_decode("A", n, steps, aligned=True))
     return Plan(mode, prompt, steps, seed, tuple(arms), layers)
@@ -187,11 +194,12 @@ def _prefill(name: str, n: int, step: int, *, keep: bool) -> Arm:
     return Arm(name, (Pass(0, position + 1, (read,)),), keeps_rows_for=step if keep else None)
 
 
-def _decode(name: str, n: int, steps: int, *, aligned: bool = False) -> Arm:
-    calls = [Pass(0, n)]
+def _decode(name: str, n: int, steps: int, *, aligned: bool = False, routed: bool = False) -> Arm:
+    calls = [Pass(0, n, routed_to=0 if routed else None)]
     for step in range(steps):
         read = Read(name, Phase.DECODE, step, n + step)
-        calls.append(Pass(n + step, n + step + 1, (read,), aligned_to=step if aligned else None))
+        calls.append(Pass(n + step, n + step + 1, (read,), aligned_to=step if aligned else None,
+                          routed_to=step if routed else None))  # fmt: skip
     return Arm(name, tuple(calls))
 
 
@@ -218,8 +226,9 @@ def _extension(m: int, n: int, steps: int) -> Arm:
     return Arm(name, (Pass(0, n + steps + m, reads),))
 
 
-def _noise(which: int, n: int, step: int, seed: int) -> Arm:
+def _noise(which: int, n: int, step: int, seed: int, routed: bool) -> Arm:
     """P's own prefill of this step, length and all: a longer one would be an extension, and lean on what E tests."""
     name, position = f"N{which}", n + step
     read = Read(name, Phase.PREFILL_NOISE, step, position)
-    return Arm(name, (Pass(0, position + 1, (read,)),), noise_seed=(seed * 1000 + which) * 10_000 + step)
+    call = Pass(0, position + 1, (read,), routed_to=step if routed else None)
+    return Arm(name, (call,), noise_seed=(seed * 1000 + which) * 10_000 + step)

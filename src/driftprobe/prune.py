@@ -71,7 +71,11 @@ def _close(cell: Cell) -> bool:
 
 
 def _needed(record: Record, wanted: set[_Where]) -> bool:
-    return record.tensor == "logits" or (record.step, record.layer, record.tensor) in wanted
+    """Logits tell the impact; a router's logits and choice, of few numbers, whether a near tie was flipped."""
+    return (
+        record.tensor in {"logits", "router_logits", "expert_ids"}
+        or (record.step, record.layer, record.tensor) in wanted
+    )
 
 
 def _explains(record: Record, judged: TraceJudgement) -> bool:

@@ -39,10 +39,12 @@ from driftprobe.judgement import (
 from driftprobe.local import LOCAL_LIMIT, Bench, bench, own_rounding
 from driftprobe.matched import match_filters
 from driftprobe.rows import check_rows, kv_indicators
+from driftprobe.scores import pass_shifts, without_shifts
 from driftprobe.taps import ExecutionOrder, execution_order, place
+from driftprobe.ties import Settled, settle, without_flips
 from driftprobe.trace import CONSTANTS, COST, Record, Trace
 
-_COMPARED = ("P", "D", "A")
+_COMPARED = ("P", "D", "A", "T")
 """The arms that a verdict is about; all others are controls, or the model's constants."""
 MODES = ("as_designed", "kv_aligned")
 
@@ -87,17 +89,25 @@ def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
     """Return the judgement of one prompt in one mode."""
     decode, aligned = pair(trace, "P", "D", payloads), _aligned(trace, payloads)
     controls = _controls(trace, payloads)
+    pairs = (*decode.matched, *aligned.matched)
     local = _guilty_locally(trace, controls, payloads)
-    floors = measure_floors(trace.header, (*decode.matched, *aligned.matched), controls, frozenset(local))
-    cells = _cells(decode.matched, floors, bench(trace, decode.matched, payloads))
-    aligned_cells = _cells(aligned.matched, floors, bench(trace, aligned.matched, payloads))
+    bounds = measure_floors(trace.header, pairs, controls, frozenset(local)).bounds
+    controls = without_flips(controls, bounds, payloads)
+    controls = without_shifts(controls, measure_floors(trace.header, pairs, controls, frozenset(local)))
+    floors = measure_floors(trace.header, pairs, controls, frozenset(local))
+    forced = pair(trace, "P", "T", payloads).matched if any(r.arm == "T" for r in trace.records) else ()
+    settled = settle(decode.matched, forced, floors.by_place, payloads)
+    behind = settle(aligned.matched, (), floors.by_place, payloads)
+    cells, aligned_cells = (
+        pass_shifts(_cells(found.pairs, floors, bench(trace, found.pairs, payloads))) for found in (settled, behind)
+    )
     strangers = tuple(r for r in trace.records if r.arm not in (*_COMPARED, CONSTANTS) and not is_control(r.arm))
     evidence = Evidence(trace, decode, aligned, strangers, controls, floors, cells)
     gates = pass_gates(evidence)
     failures = _failures(cells, controls, floors, local)
     shut = any(not gate.passed for gate in gates)
     reading = Reading.NONE if shut else _reading(cells, aligned_cells)
-    verdict, reason = _decide(gates, cells, failures, reading)
+    verdict, reason = _decide(gates, cells, failures, reading, settled)
     return TraceJudgement(
         mode=trace.header.mode,
         prompt=trace.header.prompt,
@@ -119,6 +129,7 @@ def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
         prompt_len=trace.header.prompt_len,
         foreign=trace.foreign,
         file=trace.path,
+        flips=settled.flips,
         matches=tuple(cell.match for cell in cells if cell.match is not None),
     )
 
@@ -246,7 +257,7 @@ def _fails(cells: Sequence[Cell]) -> bool | None:
 
 
 def _decide(
-    gates: Sequence[Gate], cells: Sequence[Cell], failures: Sequence[Failure], reading: Reading
+    gates: Sequence[Gate], cells: Sequence[Cell], failures: Sequence[Failure], reading: Reading, settled: Settled
 ) -> tuple[Verdict, str]:
     shut = next((gate for gate in gates if not gate.passed), None)
     if shut is not None:
@@ -261,6 +272,11 @@ def _decide(
             f"{len(unknown)} of {len(cells)} pairs differ by an amount that the trace cannot tell "
             f"(first {place(unknown[0].layer, unknown[0].tensor)}); hashes show that, sketches would show how much"
         )
+    if settled.flips:
+        words = settled.flips[0].words
+        if not settled.aligned:
+            return Verdict.NOT_AVAILABLE, f"{words}; nothing behind it can be compared without arm T"
+        return Verdict.STRUCTURAL_DRIFT, f"{words}; with routing aligned every drift is within {LIMIT:g} × its floor"
     if all(cell.drift.equal for cell in cells):
         return Verdict.NO_DRIFT, f"all {len(cells)} pairs are bit for bit equal"
     largest = max(cells, key=lambda cell: cell.excess or 0.0)

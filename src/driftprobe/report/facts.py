@@ -248,7 +248,9 @@ def reason(found: Judgement | ModeJudgement) -> str:
     cells = found.cells if isinstance(found, ModeJudgement) else every_cell(found)
     worst = largest(cells)
     prompts = found.prompts if isinstance(found, ModeJudgement) else all_prompts(found)
-    if any(item.ladder is not None and item.ladder.outcome is Outcome.SCALES for item in prompts):
+    if any(item.ladder is not None and item.ladder.outcome is Outcome.SCALES for item in prompts) or (
+        found.verdict is Verdict.STRUCTURAL_DRIFT and any(item.flips for item in prompts)
+    ):
         return found.reason
     if found.verdict is Verdict.STRUCTURAL_DRIFT and worst is not None:
         return f"largest excess {times(worst.excess)}, at {where(worst)}; limit {LIMIT:g}"

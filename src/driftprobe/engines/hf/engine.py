@@ -18,6 +18,7 @@ from driftprobe.engines.hf.host import to_array
 from driftprobe.engines.hf.lifting import RUNG, Narrowings, lifted
 from driftprobe.engines.hf.noise import rounding_noise, with_cast_noise
 from driftprobe.engines.hf.planting import Site, cannot_act, plant
+from driftprobe.engines.hf.routing import Kept, Routing
 from driftprobe.engines.hf.spy import Heard, Learned, Rows, Spy
 from driftprobe.engines.hf.trial import learn, taps_of, trial_length
 from driftprobe.engines.hf.weights import weights_of
@@ -55,6 +56,7 @@ class HFEngine:
         self._declared = dict(casts or {})
         self._label = label or f"object:{type(model).__name__}"
         self._kept: dict[int, dict[int, Rows]] = {}
+        self._routed: dict[int, Kept] = {}
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._returns_dict = "return_dict" in parameters
@@ -113,11 +115,16 @@ class HFEngine:
     def run(self, arm: Arm, token_ids: Sequence[int], layers: frozenset[int]) -> Iterator[Tapped | Event]:
         """Run one arm on a fresh cache; see Engine.run."""
         spy = Spy(self.anatomy, self._learned, layers)
-        with self._evaluating(), self._noise(arm), _threads(arm), spy.installed():
+        routing = Routing(self.anatomy.layers)
+        with self._evaluating(), self._noise(arm), _threads(arm), spy.installed(), routing.installed():
             cache = self._cache()
             if arm.noise_seed is not None:
                 with_cast_noise(cache, arm.noise_seed, self._declared)
             for call in arm.passes:
+                if arm.keeps_rows_for is not None:
+                    routing.keeps = self._routed.setdefault(arm.keeps_rows_for, {})
+                if call.routed_to is not None:
+                    routing.forces = (self._routed[call.routed_to], call.start, call.stop)
                 if call.aligned_to is not None:
                     yield self._align(arm, call, cache)
                 listens = bool(call.reads) or arm.keeps_rows_for is not None

@@ -1,0 +1,192 @@
+"""A choice of experts that rounding turns is no bug; one that it cannot turn is, and so is a bug behind a flip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from driftprobe.compare import NoPayloads
+from driftprobe.fingerprint import Array
+from driftprobe.judgement import Judgement, TraceJudgement, Verdict
+from driftprobe.ties import _numbers
+from driftprobe.verdict import judge
+from make_trace import LAYER_TAPS, Change, Site, both, drifting, record, toy
+
+TAPS = (*LAYER_TAPS, "router_logits", "expert_ids")
+CLOSE, FAR = 1e-6, 0.5
+"""Margins between the second and third expert: what rounding moves, and what it does not."""
+
+
+def router(margin: float, drift: float = 1e-7) -> Change:
+    """Layer 1 routes to two of four experts, the second and third `margin` apart; decode's logits drift."""
+
+    def change(site: Site, array: Array) -> Array:
+        decodes = site.arm[0] in "DA"
+        if site.tensor == "router_logits":
+            logits = np.array([[2.0, 1.0 + margin, 1.0, -1.0]])
+            off = drift * np.array([1.0, -1.0, 1.0, -1.0]) if decodes or site.arm == "T" else 0.0
+            return (logits + off).astype(np.float32)
+        if site.tensor == "expert_ids":
+            return np.array([[0, 2 if decodes and site.layer == 1 else 1]])
+        return array
+
+    return change
+
+
+BEHIND = drifting(0.5, start=(1, "mlp_out"), caches=False)
+"""Everything behind the choice of layer 1 differs, but in arm T."""
+
+
+def judged(
+    *changes: Change, whole: bool = True, arms: tuple[str, ...] = ("E1", "T")
+) -> tuple[Judgement, TraceJudgement]:
+    trace, arrays = toy(both(*changes), taps=TAPS, arms=arms, mode="kv_aligned")
+    found = judge([trace], arrays if whole else NoPayloads())
+    return found, found.modes["kv_aligned"].prompts[0]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_near_tie_is_structural_and_said_with_layer_experts_and_margin(whole):
+    found, item = judged(router(CLOSE), BEHIND, whole=whole)
+    assert found.verdict is Verdict.STRUCTURAL_DRIFT, found.reason
+    (flip,) = item.flips
+    assert (flip.layer, flip.left, flip.came) == (1, (1,), (2,))
+    assert flip.margin == pytest.approx(CLOSE, rel=0.2) and flip.margin <= flip.allowed
+    assert "near tie" in found.reason and "layer 1" in found.reason
+    assert {c.candidate.arm for c in item.cells if (c.layer, c.tensor) == (1, "mlp_out")} == {"T"}
+    assert {c.candidate.arm for c in item.cells if (c.layer, c.tensor) == (1, "router_logits")} == {"D"}
+
+
+def test_a_wide_margin_is_a_mismatch_at_the_choice():
+    found, item = judged(router(FAR), BEHIND)
+    assert found.verdict is Verdict.MISMATCH and item.flips == ()
+    assert found.first_failure is not None
+    assert (found.first_failure.layer, found.first_failure.tensor) == (1, "expert_ids")
+
+
+def test_logits_beyond_their_floor_are_a_mismatch_and_no_tie():
+    found, item = judged(router(CLOSE, drift=1e-3), BEHIND)
+    assert found.verdict is Verdict.MISMATCH and item.flips == ()
+    assert found.first_failure is not None and found.first_failure.tensor == "router_logits"
+
+
+def test_without_arm_t_nothing_behind_a_flip_is_told():
+    found, item = judged(router(CLOSE), BEHIND, arms=("E1",))
+    assert found.verdict is Verdict.NOT_AVAILABLE
+    assert item.flips and "arm T" in found.reason
+
+
+def test_a_bug_behind_a_flip_is_found_with_routing_aligned():
+    found, item = judged(router(CLOSE), BEHIND, drifting(0.01, arms=("T",), start=(1, "x_out"), caches=False))
+    assert found.verdict is Verdict.MISMATCH and item.flips
+    first = found.first_failure
+    assert first is not None and (first.layer, first.tensor, first.arm) == (1, "x_out", "T")
+
+
+def test_a_bug_before_a_flip_is_found_where_it_is():
+    found, _ = judged(router(CLOSE), BEHIND, drifting(0.01, start=(0, "attn_ctx"), caches=False), router(CLOSE))
+    assert found.verdict is Verdict.MISMATCH
+    assert found.first_failure is not None
+    assert (found.first_failure.layer, found.first_failure.tensor) == (0, "attn_ctx")
+
+
+def test_a_longer_prefill_that_flips_is_no_guilty_control():
+    def flipped(site: Site, array: Array) -> Array:
+        ids = site.tensor == "expert_ids" and site.arm == "E1" and site.layer == 1
+        return np.array([[0, 2]]) if ids else array
+
+    clean = router(CLOSE, drift=0.0)
+    alike: Change = lambda site, array: np.array([[0, 1]]) if site.tensor == "expert_ids" else array  # noqa: E731
+    behind = drifting(0.5, arms=("E1",), start=(1, "mlp_out"), caches=False)
+    found, _ = judged(clean, alike, flipped, behind)
+    assert found.verdict is Verdict.NO_DRIFT, found.reason
+
+
+def test_a_sketch_of_few_elements_holds_them_all():
+    array = np.random.default_rng(0).standard_normal((1, 40))
+    assert np.array_equal(_numbers(record("P", 0, "router_logits", array), NoPayloads()), array[0])  # type: ignore[arg-type]
+    assert _numbers(record("P", 0, "router_logits", np.ones((1, 65))), NoPayloads()) is None
+
+
+# ---- models
+
+
+def near_tie(seed: int) -> Any:
+    """A mixture of two experts, one chosen, whose router rows are one ulp apart in one element."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from models import build
+
+    model = build("mixtral", seed=seed, num_local_experts=2, num_experts_per_tok=1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("gate.weight"):
+                weight[1] = weight[0]
+                weight[1, 0] = torch.nextafter(weight[1, 0], torch.tensor(9.0))
+    return model
+
+
+@contextmanager
+def in_decode(module: Any, change: Callable[[Any], Any]) -> Any:
+    """Change a module's output in one-token calls."""
+
+    def hook(_module: object, args: tuple[Any, ...], output: Any) -> Any:
+        return change(output) if args[0].reshape(-1, args[0].shape[-1]).shape[0] == 1 else None
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def has_choice(model: Any) -> bool:
+    from driftprobe.engines.hf import HFEngine
+
+    return "expert_ids" in HFEngine(model).taps
+
+
+def test_a_model_with_near_ties_is_healthy_and_a_bug_in_it_is_found():
+    import driftprobe
+    from models import tokens
+
+    flips = 0
+    for seed in range(3):
+        model = near_tie(seed)
+        if not has_choice(model):
+            pytest.skip("this transformers chooses experts outside the router")
+        prompts = {"a": tokens(20, seed)}
+        found = driftprobe.probe(model, prompts, mode="as_designed", ladder="off")
+        assert found.verdict is Verdict.STRUCTURAL_DRIFT, found.reason
+        here = found.judgement.modes["as_designed"].prompts[0].flips
+        flips += len(here)
+        with in_decode(model.model.layers[2].self_attn.o_proj, lambda output: output * 1.01):
+            broken = driftprobe.probe(model, prompts, mode="as_designed", ladder="off")
+        assert broken.verdict is Verdict.MISMATCH
+        assert broken.first_failure is not None
+        assert (broken.first_failure.layer, broken.first_failure.tensor) == (2, "attn_out")
+    assert flips
+
+
+def test_a_router_that_chooses_wrongly_in_decode_is_a_mismatch():
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    import driftprobe
+    from models import build, tokens
+
+    model = build("mixtral")
+    if not has_choice(model):
+        pytest.skip("this transformers chooses experts outside the router")
+
+    def wrong(output: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple((4 - 1 - part) if not part.is_floating_point() else part for part in output)
+
+    with in_decode(model.model.layers[1].mlp.gate, wrong):
+        found = driftprobe.probe(model, {"a": tokens(20)}, mode="as_designed")
+    assert found.verdict is Verdict.MISMATCH
+    assert found.first_failure is not None
+    assert (found.first_failure.layer, found.first_failure.tensor) == (1, "expert_ids")
