@@ -32,6 +32,8 @@ class Fault:
     """Tokens that a prompt must have for the fault to change anything."""
     min_layers: int = 1
     min_kv_heads: int = 1
+    beyond_window: bool = False
+    """Whether it acts only on a text longer than the model's sliding window."""
     side: str = "decode"
     """The side that is broken: `decode`, or `prefill`."""
 

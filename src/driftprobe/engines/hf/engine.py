@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from driftprobe.engines.base import Tapped
 from driftprobe.engines.hf.anatomy import dissect, text_config
+from driftprobe.engines.hf.attention import sliding_window
 from driftprobe.engines.hf.cache import TupleCache, layer_count, new_cache, rows_heard, stored_rows
 from driftprobe.engines.hf.fused import same_bits
 from driftprobe.engines.hf.noise import rounding_noise
@@ -19,7 +20,7 @@ from driftprobe.engines.hf.planting import Site, cannot_act, plant
 from driftprobe.engines.hf.spy import Heard, Learned, Rows, Spy
 from driftprobe.engines.hf.trial import learn, taps_of, trial_length
 from driftprobe.errors import EngineError, ModelError
-from driftprobe.faults import Expected
+from driftprobe.faults import Expected, find_fault
 from driftprobe.fingerprint import DTYPES, Array
 from driftprobe.plan import Arm, Pass, Phase, Read
 from driftprobe.taps import BY_NAME, execution_order
@@ -122,11 +123,13 @@ class HFEngine:
 
         Raises UsageError where the fault is unknown, cannot act in this model, or changes nothing in a sample run.
         """
-        clean = self._sample()
+        windows = [sliding_window(layer.attention, layer.index) or 0 for layer in self.anatomy.layers]
+        length = max(_SAMPLE, *windows) + 2 if find_fault(fault).beyond_window else _SAMPLE
+        clean = self._sample(length)
         site = Site(self.model, self.anatomy, self.taps, latent=bool(self._learned.expanded))
         with plant(fault, site, strength) as expected:
             try:
-                changed = self._sample()
+                changed = self._sample(length)
             except EngineError as error:
                 raise cannot_act(fault, error.measured, "a model that runs with the fault in it") from error
             if all(map(same_bits, clean, changed)):
@@ -134,13 +137,13 @@ class HFEngine:
                                  "a model that computes what the fault breaks")  # fmt: skip
             yield expected
 
-    def _sample(self) -> list[torch.Tensor]:
+    def _sample(self, length: int = _SAMPLE) -> list[torch.Tensor]:
         """Return the logits of one decode step after a short prefill, and the cache rows that it leaves."""
-        tokens = self._some_tokens(_SAMPLE)
+        tokens = self._some_tokens(length)
         with self._evaluating():
             cache = self._cache()
             self._forward(tokens[:-1], 0, cache)
-            logits = self._forward(tokens[-1:], _SAMPLE - 1, cache).logits
+            logits = self._forward(tokens[-1:], length - 1, cache).logits
         return [logits, *(rows for layer in range(layer_count(cache)) for rows in stored_rows(cache, layer))]
 
     def _listen(self, spy: Spy, call: Pass, token_ids: Sequence[int], cache: Any) -> Heard:

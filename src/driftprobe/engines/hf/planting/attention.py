@@ -1,16 +1,14 @@
-"""Plants faults of attention: positions, the cache's contents and extent, heads, scores."""
+"""Plants faults of attention: those of the cache's contents here, the others in a file a family."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
-import torch
-
 from driftprobe.engines.hf.attention import sliding_window
-from driftprobe.engines.hf.cache import TupleCache, layer_count, opened, stored_rows
+from driftprobe.engines.hf.cache import layer_count, opened, stored_rows
+from driftprobe.engines.hf.planting import extent, heads, positions, scores
 from driftprobe.engines.hf.planting.base import (
     Call,
     Planter,
@@ -20,14 +18,12 @@ from driftprobe.engines.hf.planting.base import (
     cannot_act,
     during,
     is_decode,
-    set_attribute,
 )
 from driftprobe.faults import Expected, find_fault
 
-_SCALE = ("scaling", "scale", "inv_norm_factor")
-_OF_K_AND_V = ("k_rows_swapped", "v_row_zero", "kv_heads_swapped")
+_OF_K_AND_V = ("k_rows_swapped", "v_row_zero")
 """Faults of keys and values as such, which a cache of latents does not hold."""
-_OF_THE_OLDEST_ROW = {"v_row_zero": 1, "oldest_key_masked": 0}
+_OF_THE_OLDEST_ROW = {"v_row_zero": 1}
 """Faults of row 0, and the layer that must still see it, which one with a sliding window soon does not."""
 _OF_TWO_ROWS = 2
 
@@ -73,36 +69,9 @@ def _check_window(name: str, site: Site, cache: Any) -> None:
                          f"a prompt of fewer than {window} tokens")  # fmt: skip
 
 
-def _rope_plus_one(site: Site, call: Call) -> list[Undo]:
-    if not site.anatomy.rotary or "position_ids" not in call:
-        raise cannot_act("rope_plus_one", "no rotary embedding that is told positions", "a model with RoPE")
-    call["position_ids"] = call["position_ids"] + 1
-    return []
-
-
 def _wrong_token(site: Site, call: Call) -> list[Undo]:
     call["input_ids"] = (call["input_ids"] + 1) % site.model.get_input_embeddings().weight.shape[0]
     return []
-
-
-def _oldest_key_masked(_site: Site, call: Call) -> list[Undo]:
-    mask = torch.ones(1, opened(call["past_key_values"]).get_seq_length() + 1, dtype=torch.long)
-    mask[0, 0] = 0
-    call["attention_mask"] = mask.to(call["input_ids"].device)
-    return []
-
-
-def _attn_scale(site: Site, _call: Call) -> list[Undo]:
-    modules = [layer.attention for layer in site.anatomy.layers]
-    undo = [
-        set_attribute(module, name, getattr(module, name) * 1.05)
-        for module in modules
-        for name in _SCALE
-        if isinstance(getattr(module, name, None), float)
-    ]
-    if not undo:
-        raise cannot_act("attn_scale", f"no module has {' or '.join(_SCALE)}", "a model that keeps it as an attribute")
-    return undo
 
 
 def _other_layer_cache(_site: Site, call: Call) -> list[Undo]:
@@ -114,22 +83,6 @@ def _other_layer_cache(_site: Site, call: Call) -> list[Undo]:
     for mine, other in pairs:
         mine.copy_(other)
     return []
-
-
-def _kv_heads_swapped(_site: Site, call: Call) -> list[Undo]:
-    cache = opened(call["past_key_values"])
-    if isinstance(cache, TupleCache):
-        raise cannot_act("kv_heads_swapped", "a model that keeps its cache in tuples", "a model with a Cache object")
-    heard = cache.__dict__.get("update")
-    update = cache.update
-
-    def swapped(*args: Any, **kwargs: Any) -> Any:
-        return tuple(rows[:, [1, 0, *range(2, rows.shape[1])]] for rows in update(*args, **kwargs))
-
-    cache.update = swapped
-    if heard is not None:
-        return [partial(setattr, cache, "update", heard)]
-    return [partial(delattr, cache, "update")]
 
 
 def _cache_shift(cache: Any) -> None:
@@ -152,16 +105,18 @@ def _v_row_zero(cache: Any) -> None:
 
 
 _BEFORE_DECODE: dict[str, Callable[[Site, Call], list[Undo]]] = {
-    "rope_plus_one": _rope_plus_one,
     "wrong_token": _wrong_token,
-    "oldest_key_masked": _oldest_key_masked,
-    "attn_scale": _attn_scale,
     "other_layer_cache": _other_layer_cache,
-    "kv_heads_swapped": _kv_heads_swapped,
 }
 _AFTER_PREFILL: dict[str, Callable[[Any], None]] = {
     "cache_shift": _cache_shift,
     "k_rows_swapped": _k_rows_swapped,
     "v_row_zero": _v_row_zero,
 }
-PLANTERS: dict[str, Planter] = {name: _old(name) for name in (*_BEFORE_DECODE, *_AFTER_PREFILL)}
+PLANTERS: dict[str, Planter] = {
+    **{name: _old(name) for name in (*_BEFORE_DECODE, *_AFTER_PREFILL)},
+    **positions.PLANTERS,
+    **extent.PLANTERS,
+    **heads.PLANTERS,
+    **scores.PLANTERS,
+}
