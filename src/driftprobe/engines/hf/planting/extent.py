@@ -143,7 +143,8 @@ def _prefill_mask(cause: str, told: Callable[[float], Parameters], change: Calla
 
 
 def _leak(mask: Tensor, value: float) -> None:
-    mask[is_masked(mask)] = value
+    later = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1 + mask.shape[-1] - mask.shape[-2])
+    mask[is_masked(mask) & later] = value
 
 
 def _next_seen(mask: Tensor, _strength: float) -> None:
