@@ -45,7 +45,7 @@ CAUSES: dict[str, Cause] = {
     cause.name: cause
     for cause in (
         Cause("rope_position", "positions", "rotated for position {used}, not {expected}", ("used", "expected")),
-        Cause("rope_base", "positions", "rotary base × {factor}", ("factor",), 0.02),
+        Cause("rope_base", "positions", "rotary base × {factor}", ("factor",), 0.002),
         Cause("rope_pairing", "positions", "rotary pairs taken {pairing}", ("pairing",)),
         Cause("rope_dims", "positions", "only {dims} of the head's dimensions rotated", ("dims",)),
         Cause("rope_scaling", "positions", "rotary positions scaled by {factor}", ("factor",), 0.0005),
@@ -70,7 +70,7 @@ CAUSES: dict[str, Cause] = {
         Cause("head_map", "heads", "query heads read KV heads {heads}", ("heads",)),
         Cause("head_order", "heads", "heads stand in another order: {heads}", ("heads",)),
         Cause("head_zero", "heads", "head {head} is zero", ("head",)),
-        Cause("score_scale", "scores", "softmax scale × {factor}", ("factor",), 0.01),
+        Cause("score_scale", "scores", "softmax scale × {factor}", ("factor",), 0.0002),
         Cause("score_softcap", "scores", "soft-cap of the scores missing"),
         Cause("sinks_lost", "scores", "the learned sinks are left out of the softmax"),
         Cause("mask_leak", "scores", "masked keys take part with weight: mask value {value}", ("value",), 0.1),

@@ -24,8 +24,6 @@ from driftprobe.engines.hf.trial import learn, taps_of, trial_length
 from driftprobe.engines.hf.weights import weights_of
 from driftprobe.errors import EngineError, ModelError
 from driftprobe.faults import Expected, find_fault
-from driftprobe.fingerprint import DTYPES, Array
-from driftprobe.faults import Expected
 from driftprobe.plan import Arm, Pass, Phase, Read
 from driftprobe.taps import BY_NAME, execution_order
 from driftprobe.trace import EngineFacts, Event
