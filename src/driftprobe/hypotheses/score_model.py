@@ -14,6 +14,10 @@ from driftprobe.scene import Scene
 
 _RECOGNISED = 0.05
 """How far, relative, prefill's scores may be from the model that explains them: rounding in bfloat16, and more."""
+_AS_GOOD = 2.0
+"""How many times more a stated scale may leave over than a fitted one, and still be the scale."""
+_BETTER = 0.1
+"""How much less a model with a constant a head must leave over to be believed."""
 _QUERIES = ("q_rope", "q_norm", "q_proj")
 
 
@@ -61,36 +65,48 @@ def attended(scene: Scene, arm: str) -> Attended | None:
 
 @dataclass(frozen=True)
 class ScoreModel:
-    """Scores as a function of query · key: soft-cap(scale × product) + slope × position + level."""
+    """Scores as a function of query · key: soft-cap(scale × product) + slope × position."""
 
     scale: float
     softcap: float | None
     slopes_H: Float64
-    levels_H: Float64
+    shifted: bool = False
+    """Whether each head's scores are off by a constant of their own, which softmax does not see (a maximum taken off)."""
 
-    def scores(self, products_HS: Float64, positions_S: Float64, scale: float | None = None) -> Float64:
-        """Return what the scores are, without any mask."""
+    def scores(self, products_HS: Float64, like: Attended, scale: float | None = None) -> Float64:
+        """Return what the scores are, without any mask; the constants of shifted ones are those of `like`."""
         scaled = products_HS * (self.scale if scale is None else scale)
         if self.softcap:
             scaled = self.softcap * np.tanh(scaled / self.softcap)
-        found: Float64 = scaled + self.slopes_H[:, None] * positions_S + self.levels_H[:, None]
-        return found
+        found: Float64 = scaled + self.slopes_H[:, None] * like.positions_S
+        return found + levels(like.scores_HS - found) if self.shifted else found
 
-    def fit_scale(self, products_HS: Float64, scores_HS: Float64, positions_S: Float64) -> float:
-        """Return the scale that explains these scores best, all else as it is here (least squares, Gauss–Newton)."""
-        seen = np.isfinite(scores_HS)
-        goal = scores_HS - self.slopes_H[:, None] * positions_S - self.levels_H[:, None]
-        x, y = products_HS[seen], goal[seen]
+    def fit_scale(self, products_HS: Float64, like: Attended) -> float:
+        """Return the scale that explains scores best, all else as it is here (least squares, Gauss–Newton)."""
+        goal = like.scores_HS - self.slopes_H[:, None] * like.positions_S
+        hidden = ~np.isfinite(goal)
+        goal, x = np.where(hidden, np.nan, goal), np.where(hidden, np.nan, products_HS)
         if not self.softcap:
-            return _least_squares(x, y)
+            return _least_squares(self._centred(x), self._centred(goal))
         scale, cap = self.scale, self.softcap
         for _ in range(60):
             bent = np.tanh(scale * x / cap)
-            step = _least_squares(x * (1.0 - bent**2), y - cap * bent)
+            step = _least_squares(self._centred(x * (1.0 - bent**2)), self._centred(goal - cap * bent))
             scale += float(np.clip(step, -0.5 * abs(scale), 0.5 * abs(scale)))
             if abs(step) <= 1e-16 * abs(scale):
                 break
         return scale
+
+    def _centred(self, values_HS: Float64) -> Float64:
+        return values_HS - levels(values_HS) if self.shifted else values_HS
+
+
+def levels(values_HS: Float64) -> Float64:
+    """Return each head's mean over what is finite, `[H, 1]`."""
+    seen = np.isfinite(values_HS)
+    total = np.where(seen, values_HS, 0.0).sum(axis=1, keepdims=True)
+    found: Float64 = total / np.maximum(seen.sum(axis=1, keepdims=True), 1)
+    return found
 
 
 def recognise(scene: Scene, found: Attended) -> ScoreModel | None:
@@ -102,29 +118,18 @@ def recognise(scene: Scene, found: Attended) -> ScoreModel | None:
     zero = np.zeros(len(products))
     softcap = float(cap.reshape(-1)[0]) if cap is not None else None
     first = float(stated.reshape(-1)[0]) if stated is not None else found.keys_SGD.shape[2] ** -0.5
-    models = [ScoreModel(first, softcap, zero, zero)]
-    if slopes is not None and slopes.size == len(products):
-        models.append(_with_biases(first, slopes.reshape(-1), products, found))
-    models += [_refitted(model, products, found) for model in models]
-    for model in models:
-        left = (model.scores(products, found.positions_S) - found.scores_HS)[seen]
-        if l2_norm(left) <= (_RECOGNISED if model is models[-1] else 1e-3) * size:
-            return model
-    return None
-
-
-def _refitted(model: ScoreModel, products: Float64, found: Attended) -> ScoreModel:
-    scale = model.fit_scale(products, found.scores_HS, found.positions_S)
-    return ScoreModel(scale, model.softcap, model.slopes_H, model.levels_H)
-
-
-def _with_biases(scale: float, slopes: Float64, products: Float64, found: Attended) -> ScoreModel:
-    """Return a model with linear biases; their level a head, which softmax does not see, is read from the scores."""
-    left = found.scores_HS - scale * products - slopes[:, None] * found.positions_S
-    levels = np.array([float(np.median(row[np.isfinite(row)])) for row in left])
-    return ScoreModel(scale, None, slopes, np.where(np.abs(levels) < 1e-5, 0.0, levels))
+    biases = slopes.reshape(-1) if slopes is not None and slopes.size == len(products) else zero
+    best: tuple[float, ScoreModel] | None = None
+    for shifted in (False, True):
+        plain = ScoreModel(first, softcap, biases, shifted)
+        fitted = ScoreModel(plain.fit_scale(products, found), softcap, biases, shifted)
+        left = [l2_norm((model.scores(products, found) - found.scores_HS)[seen]) for model in (plain, fitted)]
+        mine = (left[0], plain) if left[0] <= _AS_GOOD * left[1] else (left[1], fitted)
+        if best is None or mine[0] < _BETTER * best[0]:
+            best = mine
+    return best[1] if best is not None and best[0] <= _RECOGNISED * size else None
 
 
 def _least_squares(x: Float64, y: Float64) -> float:
-    size = float(np.square(x).sum())
-    return float((x * y).sum()) / size if size > 0.0 else 0.0
+    size = float(np.nansum(np.square(x)))
+    return float(np.nansum(x * y)) / size if size > 0.0 else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +37,8 @@ def scores(scene: Scene) -> Iterator[Prediction]:
     yield from _scaled(scene, model, own)
     yield from _read(scene, model, own)
     if model.softcap:
-        bare = ScoreModel(model.scale, None, model.slopes_H, model.levels_H)
-        yield _made(scene, "score_softcap", {}, bare.scores(own.products(), own.positions_S), own)
+        bare = replace(model, softcap=None)
+        yield _made(scene, "score_softcap", {}, bare.scores(own.products(), own), own)
     if model.slopes_H.any():
         yield from _biased(scene, model, own)
 
@@ -54,7 +55,7 @@ def _masked(scene: Scene, model: ScoreModel, hidden_S: Flags, own: Attended) -> 
     if not keys:
         return
     told: Parameters = {"keys": keys, "behind": tuple(scene.position - key for key in keys)}
-    yield _made(scene, "keys_masked", told, model.scores(own.products(), own.positions_S), own)
+    yield _made(scene, "keys_masked", told, model.scores(own.products(), own), own)
 
 
 def _extra(scene: Scene, model: ScoreModel, prefill: Attended, own: Attended) -> Iterator[Prediction]:
@@ -62,7 +63,8 @@ def _extra(scene: Scene, model: ScoreModel, prefill: Attended, own: Attended) ->
     known = np.isin(own.positions_S, prefill.positions_S)
     if known.all():
         return
-    plain = model.scores(own.products(), own.positions_S)
+    shared = replace(own, scores_HS=np.where(known, own.scores_HS, np.nan))
+    plain = model.scores(own.products(), shared)
     beyond = own.scores_HS[:, ~known] - plain[:, ~known]
     value = float(np.median(beyond[np.isfinite(beyond)])) if np.isfinite(beyond).any() else 0.0
     if value > -_NO_LEAK:
@@ -74,30 +76,30 @@ def _extra(scene: Scene, model: ScoreModel, prefill: Attended, own: Attended) ->
 
 def _scaled(scene: Scene, model: ScoreModel, own: Attended) -> Iterator[Prediction]:
     products = own.products()
-    scale = model.fit_scale(products, own.scores_HS, own.positions_S)
+    scale = model.fit_scale(products, own)
     if model.scale and scale != model.scale:
         told = {"factor": scale / model.scale}
-        yield _made(scene, "score_scale", told, model.scores(products, own.positions_S, scale), own, 1)
+        yield _made(scene, "score_scale", told, model.scores(products, own, scale), own, 1)
 
 
 def _read(scene: Scene, model: ScoreModel, own: Attended) -> Iterator[Prediction]:
     """Ask for each query head which KV head's keys its scores were made with."""
     groups, heads = own.keys_SGD.shape[1], len(own.query_HD)
     seen = np.isfinite(own.scores_HS)
-    made = [model.scores(own.products((g,) * heads), own.positions_S) for g in range(groups)]
+    made = [model.scores(own.products((g,) * heads), own) for g in range(groups)]
     gaps = [[l2_norm((made[g][h] - own.scores_HS[h])[seen[h]]) for g in range(groups)] for h in range(heads)]
     read = tuple(int(np.argmin(row)) for row in gaps)
     if read != tuple(h // own.repeat for h in range(heads)):
-        yield _made(scene, "head_map", {"heads": read}, model.scores(own.products(read), own.positions_S), own)
+        yield _made(scene, "head_map", {"heads": read}, model.scores(own.products(read), own), own)
 
 
 def _biased(scene: Scene, model: ScoreModel, own: Attended) -> Iterator[Prediction]:
     """ALiBi (Press et al. 2022): every cached key is taken for `offset` tokens farther away than it is."""
-    plain = model.scores(own.products(), own.positions_S)
+    plain = model.scores(own.products(), own)
     cached = np.isfinite(own.scores_HS) & (own.positions_S < scene.position)
     slopes = np.broadcast_to(model.slopes_H[:, None], plain.shape)
     size = float(np.square(slopes[cached]).sum())
-    if size > 0.0:
+    if size > 0.0 and not model.shifted:
         offset = float(((plain - own.scores_HS)[cached] * slopes[cached]).sum()) / size
         shifted = plain - offset * slopes * (own.positions_S < scene.position)
         yield _made(scene, "alibi", {"offset": offset}, shifted, own, 1)
@@ -111,5 +113,6 @@ def sinks(scene: Scene) -> Iterator[Prediction]:
     if scene.failure.tensor != "attn_probs" or reference is None or given is None or not np.isfinite(given).any():
         return
     weights = np.exp(given - given.max(axis=-1, keepdims=True))
-    if (reference.sum(axis=-1) < 1.0 - 1e-3).any():  # prefill's weights leave something to a sink
+    leaves = (reference.sum(axis=-1) < 1.0 - 1e-3).any()
+    if leaves or scene.constant(layer, "attn_scores.sinks") is not None:  # prefill leaves something to a sink
         yield Prediction("sinks_lost", {}, layer, "attn_probs", weights / weights.sum(axis=-1, keepdims=True))

@@ -155,10 +155,13 @@ def _layout(function: Rotate, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, ar
     axis = kwargs.get("unsqueeze_dim", 1)
     first = torch.zeros(shape if axis == 1 else (1, shape[2], 1, shape[3]), dtype=q.dtype, device=q.device)
     first[..., 0] = 1.0
-    touched = [int(i) for i in function(first, first, cos, sin, *args, **kwargs)[0][0, 0, 0].nonzero().flatten()]
     second = torch.zeros_like(first)
     second[..., 1] = 1.0
-    partner = [int(i) for i in function(second, second, cos, sin, *args, **kwargs)[0][0, 0, 0].nonzero().flatten()]
+    touched, partner = (
+        # the last token's: the first may stand at position 0, where nothing turns
+        [int(i) for i in function(x, x, cos, sin, *args, **kwargs)[0].flatten(0, 2)[-1].nonzero().flatten()]
+        for x in (first, second)
+    )
     width = cos.shape[-1]
     doubled = bool((cos[..., : width // 2] == cos[..., width // 2 :]).all() or (cos[..., ::2] == cos[..., 1::2]).all())
     return (width if doubled else 2 * width), touched != partner, touched != [0, 1]
