@@ -85,18 +85,24 @@ def _position(rotary: Rotary, before: Float64, after: Float64, position: int) ->
 def _scales(scene: Scene, rotary: Rotary, position: int, used: int, letter: str) -> bool:
     """Whether a position is wrong by a factor, and not by an offset: told by the other steps, where there are any."""
     own = scene.position
-    seen = {own: used}
-    for step in {r.step for r in scene.trace.records if r.arm == scene.failure.arm and r.step != scene.step}:
-        before, after = (f(scene, scene.failure.arm, letter, step) for f in (unrotated, rotated))
-        if before is not None and after is not None and before.shape == after.shape:
-            at = own + step - scene.step
-            seen[at] = round(_position(rotary, before, after, at).value)
-    if len(seen) > 1 and position == own:
-        offsets = {found - at for at, found in seen.items()}
-        return len(offsets) > 1 and len(set(seen.values())) > 1
+    seen = dict(_of_steps(scene, rotary, letter)) if position == own and used else {}
+    if len(seen) > 1:
+        first = seen[own]
+        by_offset = max(abs((found - at) - (first - own)) for at, found in seen.items())
+        by_factor = max(abs(found - at * first / own) for at, found in seen.items())
+        return by_factor < min(by_offset, max(abs(found - first) for found in seen.values()))
     if abs(used - position) <= _NEAR or used <= 0 or not position:
         return False
     return used % position == 0 or position % used == 0
+
+
+def _of_steps(scene: Scene, rotary: Rotary, letter: str) -> Iterator[tuple[int, float]]:
+    """Yield each step's position, and the one that the candidate rotated for."""
+    for step in sorted({r.step for r in scene.trace.records if r.arm == scene.failure.arm}):
+        before, after = (f(scene, scene.failure.arm, letter, step) for f in (unrotated, rotated))
+        if before is not None and after is not None and before.shape == after.shape:
+            at = scene.position + step - scene.step
+            yield at, _position(rotary, before, after, at).value
 
 
 def _of_base(scene: Scene, rotary: Rotary, position: int, before: Float64, after: Float64) -> Iterator[Prediction]:

@@ -145,9 +145,8 @@ def estimate(
     steps = int(min(max((high - low) * fastest / 0.2, 64), 400_000))
     grid = np.linspace(low, high, steps + 1)
     toward = cross_F * np.exp(-1j * phase_F)
-    scores = np.concatenate([
-        (toward * np.exp(-1j * part[:, None] * rate_F)).real.sum(axis=1) for part in np.array_split(grid, steps // 4096 + 1)
-    ])  # fmt: skip
+    parts = np.array_split(grid, steps // 4096 + 1)  # a grid at once would be large for a long text
+    scores = np.concatenate([(toward * np.exp(-1j * part[:, None] * rate_F)).real.sum(axis=1) for part in parts])
     x = float(grid[int(scores.argmax())])
     curve = 0.0
     for _ in range(30):

@@ -32,14 +32,14 @@ class Attended:
     """Absolute position of the first key."""
 
     @property
-    def positions_S(self) -> Float64:
+    def positions(self) -> Float64:
         """Absolute positions of the keys."""
         return self.start + np.arange(self.scores_HS.shape[1], dtype=np.float64)
 
     @property
     def repeat(self) -> int:
         """How many query heads read one KV head."""
-        return len(self.query_HD) // self.keys_SGD.shape[1]
+        return len(self.query_HD) // int(self.keys_SGD.shape[1])
 
     def products(self, heads: tuple[int, ...] | None = None) -> Float64:
         """Return query · key `[H, S]`, with the KV head that each query head reads (by groups, unless told)."""
@@ -71,19 +71,19 @@ class ScoreModel:
     softcap: float | None
     slopes_H: Float64
     shifted: bool = False
-    """Whether each head's scores are off by a constant of their own, which softmax does not see (a maximum taken off)."""
+    """Whether each head's scores have a constant of their own, which softmax does not see (a maximum taken off)."""
 
     def scores(self, products_HS: Float64, like: Attended, scale: float | None = None) -> Float64:
         """Return what the scores are, without any mask; the constants of shifted ones are those of `like`."""
         scaled = products_HS * (self.scale if scale is None else scale)
         if self.softcap:
             scaled = self.softcap * np.tanh(scaled / self.softcap)
-        found: Float64 = scaled + self.slopes_H[:, None] * like.positions_S
+        found: Float64 = scaled + self.slopes_H[:, None] * like.positions
         return found + levels(like.scores_HS - found) if self.shifted else found
 
     def fit_scale(self, products_HS: Float64, like: Attended) -> float:
         """Return the scale that explains scores best, all else as it is here (least squares, Gauss–Newton)."""
-        goal = like.scores_HS - self.slopes_H[:, None] * like.positions_S
+        goal = like.scores_HS - self.slopes_H[:, None] * like.positions
         hidden = ~np.isfinite(goal)
         goal, x = np.where(hidden, np.nan, goal), np.where(hidden, np.nan, products_HS)
         if not self.softcap:

@@ -32,7 +32,7 @@ def scores(scene: Scene) -> Iterator[Prediction]:
         return
     hidden = np.isneginf(own.scores_HS) & ~np.isneginf(prefill.scores_HS)
     if hidden.any():
-        yield from _masked(scene, model, hidden.all(axis=0), own)
+        yield from _masked(scene, model, np.asarray(hidden.all(axis=0)), own)
         return
     yield from _scaled(scene, model, own)
     yield from _read(scene, model, own)
@@ -43,7 +43,9 @@ def scores(scene: Scene) -> Iterator[Prediction]:
         yield from _biased(scene, model, own)
 
 
-def _made(scene: Scene, cause: str, parameters: Parameters, scores_HS: Float64, own: Attended, fitted: int = 0) -> Prediction:  # fmt: skip
+def _made(
+    scene: Scene, cause: str, parameters: Parameters, scores_HS: Float64, own: Attended, fitted: int = 0
+) -> Prediction:
     """Return a prediction, masked where the candidate is: which keys are masked is another hypothesis."""
     masked = np.where(np.isneginf(own.scores_HS), -np.inf, scores_HS)
     return Prediction(cause, parameters, scene.failure.layer, "attn_scores", masked[None], fitted)
@@ -51,7 +53,7 @@ def _made(scene: Scene, cause: str, parameters: Parameters, scores_HS: Float64, 
 
 def _masked(scene: Scene, model: ScoreModel, hidden_S: Flags, own: Attended) -> Iterator[Prediction]:
     """Keys that no head of the candidate sees, and prefill does."""
-    keys = tuple(int(key) for key in own.positions_S[hidden_S])
+    keys = tuple(int(key) for key in own.positions[hidden_S])
     if not keys:
         return
     told: Parameters = {"keys": keys, "behind": tuple(scene.position - key for key in keys)}
@@ -60,7 +62,7 @@ def _masked(scene: Scene, model: ScoreModel, hidden_S: Flags, own: Attended) -> 
 
 def _extra(scene: Scene, model: ScoreModel, prefill: Attended, own: Attended) -> Iterator[Prediction]:
     """The candidate sees keys that prefill does not: with their full weight, or with that of a finite mask."""
-    known = np.isin(own.positions_S, prefill.positions_S)
+    known = np.isin(own.positions, prefill.positions)
     if known.all():
         return
     shared = replace(own, scores_HS=np.where(known, own.scores_HS, np.nan))
@@ -96,12 +98,12 @@ def _read(scene: Scene, model: ScoreModel, own: Attended) -> Iterator[Prediction
 def _biased(scene: Scene, model: ScoreModel, own: Attended) -> Iterator[Prediction]:
     """ALiBi (Press et al. 2022): every cached key is taken for `offset` tokens farther away than it is."""
     plain = model.scores(own.products(), own)
-    cached = np.isfinite(own.scores_HS) & (own.positions_S < scene.position)
+    cached = np.isfinite(own.scores_HS) & (own.positions < scene.position)
     slopes = np.broadcast_to(model.slopes_H[:, None], plain.shape)
     size = float(np.square(slopes[cached]).sum())
     if size > 0.0 and not model.shifted:
         offset = float(((plain - own.scores_HS)[cached] * slopes[cached]).sum()) / size
-        shifted = plain - offset * slopes * (own.positions_S < scene.position)
+        shifted = plain - offset * slopes * (own.positions < scene.position)
         yield _made(scene, "alibi", {"offset": offset}, shifted, own, 1)
 
 

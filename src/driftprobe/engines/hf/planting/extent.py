@@ -58,7 +58,7 @@ def _hidden(name: str, keys: _Keys, told: Callable[[int | None], Parameters], *,
             if layer == first and fresh[0]:
                 fresh[0] = False
                 _check_seen(name, hidden, known.get(layer), newest)
-            mask[..., [column for column in hidden if 0 <= column]] = torch.finfo(mask.dtype).min
+            mask[..., [column for column in hidden if column >= 0]] = torch.finfo(mask.dtype).min
 
         with switched(site, is_decode) as switch, mask_changed(site, switch, change), after_prefill(site, noted):
             where = site.first(first, "attn_scores", "attn_probs", "attn_ctx")
@@ -134,10 +134,12 @@ def _prefill_mask(cause: str, told: Callable[[float], Parameters], change: Calla
 
     @contextmanager
     def planted(site: Site, strength: float) -> Iterator[Expected]:
-        with switched(site, is_prefill) as switch:
-            with mask_changed(site, switch, lambda _layer, mask: change(mask, strength)):
-                where = site.first(0, "attn_scores", "attn_probs", "attn_ctx")
-                yield Expected(*where, "contents", cause, told(strength))
+        def changed(_layer: int, mask: Tensor) -> None:
+            change(mask, strength)
+
+        with switched(site, is_prefill) as switch, mask_changed(site, switch, changed):
+            where = site.first(0, "attn_scores", "attn_probs", "attn_ctx")
+            yield Expected(*where, "contents", cause, told(strength))
 
     return planted
 

@@ -70,7 +70,9 @@ def _q_heads_permuted(site: Site, _strength: float) -> Iterator[Expected]:
         yield Expected(*site.first(layer, "q_proj"), "computation", "head_order", {"heads": tuple(order)})
 
 
-def _of_context(name: str, cause: str, told: Callable[[int], dict[str, Any]], change: Callable[[Tensor], Tensor]) -> Planter:  # fmt: skip
+def _of_context(
+    name: str, cause: str, told: Callable[[int], dict[str, Any]], change: Callable[[Tensor], Tensor]
+) -> Planter:
     """Return the planter of a fault in the heads that the output projection is given."""
 
     @contextmanager
@@ -95,7 +97,7 @@ def _before(switch: Switch, count: int, change: Callable[[Tensor], Tensor]) -> C
 
 
 def _by_head(states: Tensor, count: int, change: Callable[[Tensor], Tensor]) -> Tensor:
-    return change(states.unflatten(-1, (count, -1))).flatten(-2)
+    return change(states.reshape(*states.shape[:-1], count, -1)).flatten(-2)
 
 
 def _rolled(count: int) -> list[int]:

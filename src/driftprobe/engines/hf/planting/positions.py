@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,18 +44,17 @@ def _found(site: Site, cause: str, parameters: Parameters, *taps: str) -> Expect
 
 
 def _positions(name: str, cause: str, told: Callable[[float], Parameters],
-               change: Callable[[Tensor, float], Tensor]) -> Planter:  # fmt: skip
+               change: Callable[[float, Tensor], Tensor]) -> Planter:  # fmt: skip
     """Return the planter of a fault that tells rotary modules other positions in decode."""
 
     @contextmanager
     def planted(site: Site, strength: float) -> Iterator[Expected]:
         expected = _found(site, cause, told(strength), "q_rope", "k_rope")
         if rotary_modules(site):
-            with switched(site, is_decode) as switch:
-                with positions_changed(site, switch, lambda positions: change(positions, strength)):
-                    yield expected
+            with switched(site, is_decode) as switch, positions_changed(site, switch, partial(change, strength)):
+                yield expected
             return
-        with during(site, is_decode, lambda call: _told(name, site, call, lambda p: change(p, strength))):
+        with during(site, is_decode, lambda call: _told(name, site, call, partial(change, strength))):
             yield expected
 
     return planted
@@ -130,7 +130,7 @@ def _rope_interleaved(site: Site, _strength: float) -> Iterator[Expected]:
             def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
                 if not switch.on:
                     return function(q, k, cos, sin, *args, **kwargs)
-                dims, halves, out_halves = _layout(function, q, k, cos, sin, args, kwargs)
+                dims, halves, out_halves = _layout(function, q, cos, sin, args, kwargs)
                 into = _order(dims, q.shape[-1], halves)
                 back = torch.argsort(into) if halves == out_halves else torch.arange(len(into))
                 turned = function(q[..., into], k[..., into], cos, sin, *args, **kwargs)
@@ -149,7 +149,7 @@ def _order(dims: int, width: int, halves: bool) -> Tensor:
     return torch.cat([order, torch.arange(dims, width)])
 
 
-def _layout(function: Rotate, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, args: Any, kwargs: Any) -> tuple[int, bool, bool]:  # fmt: skip
+def _layout(function: Rotate, q: Tensor, cos: Tensor, sin: Tensor, args: Any, kwargs: Any) -> tuple[int, bool, bool]:
     """Return how many dimensions a function rotates, and whether pairs are halves in its input and in its result."""
     shape = (1, 1, cos.shape[-2], q.shape[-1])
     axis = kwargs.get("unsqueeze_dim", 1)
@@ -173,7 +173,7 @@ def _pairs_halves(name: str, site: Site) -> bool:
 
     def look(function: Rotate) -> Rotate:
         def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-            seen.append(_layout(function, q, k, cos, sin, args, kwargs)[1])
+            seen.append(_layout(function, q, cos, sin, args, kwargs)[1])
             return function(q, k, cos, sin, *args, **kwargs)
 
         return rotate
@@ -185,7 +185,9 @@ def _pairs_halves(name: str, site: Site) -> bool:
     return seen[0]
 
 
-def _of_new_key(name: str, cause: str, change: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]) -> Planter:
+def _of_new_key(
+    name: str, cause: str, change: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
+) -> Planter:
     """Return the planter of a wrong rotation of the new key alone."""
 
     @contextmanager
@@ -250,8 +252,8 @@ def _alibi_offset(site: Site, strength: float) -> Iterator[Expected]:
 
 
 def _alibi_argument(site: Site) -> str:
-    layer = next((layer for layer in site.anatomy.layers if layer.attention is not None), None)
-    names = () if layer is None else inspect.signature(layer.attention.forward).parameters
+    module = next((layer.attention for layer in site.anatomy.layers if layer.attention is not None), None)
+    names = () if module is None else inspect.signature(module.forward).parameters
     for word in _ALIBI:
         if word in names:
             return word
@@ -263,10 +265,10 @@ def _offset(by: int) -> Callable[[float], Parameters]:
 
 
 PLANTERS: dict[str, Planter] = {
-    "rope_plus_one": _positions("rope_plus_one", "rope_position", _offset(1), lambda p, _s: p + 1),
-    "rope_minus_one": _positions("rope_minus_one", "rope_position", _offset(-1), lambda p, _s: p - 1),
-    "rope_reset": _positions("rope_reset", "rope_position", lambda _s: {"used": 0}, lambda p, _s: p * 0),
-    "rope_scaling": _positions("rope_scaling", "rope_scaling", lambda s: {"factor": s}, lambda p, s: p.double() * s),
+    "rope_plus_one": _positions("rope_plus_one", "rope_position", _offset(1), lambda _s, p: p + 1),
+    "rope_minus_one": _positions("rope_minus_one", "rope_position", _offset(-1), lambda _s, p: p - 1),
+    "rope_reset": _positions("rope_reset", "rope_position", lambda _s: {"used": 0}, lambda _s, p: p * 0),
+    "rope_scaling": _positions("rope_scaling", "rope_scaling", lambda s: {"factor": s}, lambda s, p: p.double() * s),
     "rope_base": _rope_base,
     "rope_partial": _rope_partial,
     "rope_interleaved": _rope_interleaved,
