@@ -36,6 +36,8 @@ class EngineFacts:
     """The dtype that the model computes in."""
     casts: dict[str, str] = field(default_factory=dict)
     """Coarser dtypes that the engine uses on the path, by the place that does it: `{"k_cache": "float16"}`."""
+    accumulate: str = ""
+    """The dtype that matrix products are summed in, whatever they are stored in; empty where that is not known."""
     attention: str = ""
     layers: int = 0
     heads: int = 0
@@ -130,6 +132,10 @@ class Record:
     def key(self) -> tuple[str, str, int, int | None, str, int | None]:
         """What makes a record unique in its file: arm, phase, step, layer, tensor, position."""
         return (self.arm, self.phase, self.step, self.layer, self.tensor, self.logical_tok_idx)
+
+
+COST = "cost"
+"""Event: what a rung of the precision ladder took, in `milliseconds`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
