@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from driftprobe.compare import EQUAL, NoPayloads, drift_between, exact_drift, pair, ratio
+from driftprobe.compare import EQUAL, NoPayloads, Pair, drift_between, exact_drift, pair, ratio
 from driftprobe.fingerprint import Array, fingerprint
 from driftprobe.taps import execution_order
 from driftprobe.trace import Record
-from make_trace import Arrays, both, drifting, toy, without
+from make_trace import Arrays, Change, Site, both, drifting, toy, without
 
 FLOATS = st.floats(-1e6, 1e6, width=32)
 MOMENTS = ("nz_count", "abs_sum", "l2", "nan_count", "inf_count", "shape", "dtype")
@@ -74,10 +74,54 @@ def test_a_step_that_decode_never_ran_is_left_over():
 
 
 def test_records_of_two_shapes_are_no_pair():
-    trace, whole = toy(lambda site, array: array[1:] if (site.arm, site.tensor) == ("D", "k_cache") else array)
+    trace, whole = toy(lambda site, array: array[:, 1:] if (site.arm, site.tensor) == ("D", "k_cache") else array)
     found = pair(trace, "P", "D", whole)
     assert {record.tensor for record in found.unpaired} == {"k_cache"}
     assert len(found.only_reference) == len(found.only_candidate) == 2
+
+
+def one_more(*tensors: str, changed: float = 0.0) -> Change:
+    """Decode sees a row more than prefill at these taps: of caches on the first axis, of scores on the last."""
+
+    def change(site: Site, array: np.ndarray) -> np.ndarray:
+        if site.arm != "D" or site.tensor not in tensors:
+            return array
+        axis = 0 if site.tensor.endswith("cache") else -1
+        return np.concatenate([array + np.float32(changed), np.take(array, [0], axis)], axis)
+
+    return change
+
+
+EXTENT = ("k_cache", "v_cache", "attn_scores", "attn_probs")
+
+
+def test_a_row_more_is_a_failure_of_the_scores_and_the_common_rows_are_compared():
+    found = {(p.reference.layer, p.reference.tensor): p.drift for p in pairs(one_more(*EXTENT))}
+    assert {found[(0, tensor)].value for tensor in ("attn_scores", "attn_probs")} == {math.inf}
+    assert found[(0, "k_cache")].equal
+    assert found[(0, "v_cache")].equal
+    off = {(p.reference.layer, p.reference.tensor): p.drift for p in pairs(one_more(*EXTENT, changed=0.5))}
+    assert 0.1 < (off[(0, "k_cache")].value or 0.0) < 1.0
+    assert off[(0, "k_cache")].rung == "payload"
+
+
+def test_a_row_more_that_no_score_shows_is_a_failure_of_the_rows():
+    found = {(p.reference.layer, p.reference.tensor): p.drift for p in pairs(one_more("k_cache", "v_cache"))}
+    assert found[(1, "k_cache")].value == math.inf
+    assert found[(1, "attn_scores")].equal
+
+
+def test_common_rows_without_payload_are_known_by_their_hashes_alone():
+    trace, _ = toy(one_more(*EXTENT, changed=0.5))
+    drifts = {p.reference.tensor: p.drift for p in pair(trace, "P", "D", NoPayloads()).matched}
+    assert (drifts["k_cache"].value, drifts["k_cache"].rung) == (None, "none")
+
+
+def pairs(change: Change) -> tuple[Pair, ...]:
+    trace, whole = toy(change)
+    found = pair(trace, "P", "D", whole)
+    assert found.unpaired == ()
+    return found.matched
 
 
 def test_records_of_two_positions_are_no_pair():

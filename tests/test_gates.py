@@ -80,8 +80,8 @@ def test_a_record_without_partner_is_listed(arm):
 
 
 def test_two_shapes_of_a_tensor_are_told_with_their_shapes():
-    found = judged(at("D", 0, "k_cache", lambda rows: rows[1:]))
-    shut(found, "paired", "layer 0 k_cache (P, step 0, shape [6, 2, 64])", "(D, step 0, shape [5, 2, 64])")
+    found = judged(at("D", 0, "k_cache", lambda rows: rows[:, 1:]))
+    shut(found, "paired", "layer 0 k_cache (P, step 0, shape [6, 2, 64])", "(D, step 0, shape [6, 1, 64])")
 
 
 def test_records_of_an_arm_that_nobody_knows_are_left_over():

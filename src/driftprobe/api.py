@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date as calendar
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from driftprobe.diagnose import diagnose
 from driftprobe.engines import open_engine
 from driftprobe.engines.base import Engine
 from driftprobe.errors import EngineError, TraceError, UsageError
-from driftprobe.faults import find_fault
+from driftprobe.faults import Expected, find_fault
 from driftprobe.judgement import Failure, Impact, Judgement, Limits, Verdict
 from driftprobe.load import load_traces, traces_folder
 from driftprobe.payload import Payloads
@@ -60,6 +61,8 @@ class Result:
     folder: Path
     """The traces folder."""
     _temporary: Any = field(default=None, repr=False, compare=False)
+    expected: Expected | None = None
+    """What a planted fault must show; of the run that planted it, and in no trace."""
 
     @property
     def verdict(self) -> Verdict:
@@ -115,6 +118,8 @@ class RunOptions:
     layers: tuple[int, ...] | None = None
     payload: str = "failing"
     fault: str | None = None
+    strength: float | None = None
+    """How strong the fault is planted; None is its own default."""
     ladder: str = "auto"
     """Whether all is run again in float64: `auto` where the model is small enough, `on`, `off`."""
     date: str = ""
@@ -135,6 +140,7 @@ def probe(
     layers: Sequence[int] | None = None,
     payload: str = "failing",
     fault: str | None = None,
+    strength: float | None = None,
     ladder: str = "auto",
     out: str | Path | None = None,
 ) -> Result:
@@ -159,13 +165,14 @@ def probe(
     chosen = builtin_prompts(engine) if prompts is None else make_prompts(prompts, engine)
     options = RunOptions(
         modes=modes, steps=steps, seed=seed, layers=None if layers is None else tuple(layers), payload=payload,
-        fault=fault, ladder=ladder, date=calendar.today().isoformat(), output="" if out is None else str(out),
+        fault=fault, strength=strength, ladder=ladder, date=calendar.today().isoformat(),
+        output="" if out is None else str(out),
     )  # fmt: skip
     if out is not None:
         return run(engine, chosen, options, Path(out))
     temporary = tempfile.TemporaryDirectory(prefix="driftprobe-")
     result = run(engine, chosen, options, Path(temporary.name) / "run")
-    return Result(result.judgement, result.traces, result.folder, temporary)
+    return replace(result, _temporary=temporary)
 
 
 def analyze(folder: str | Path, *, mode: str | None = None) -> Result:
@@ -201,7 +208,8 @@ def run(
     """
     plans = make_plans(engine, prompts, options)
     check_place(root)
-    with engine.plant(options.fault) if options.fault else nullcontext(), staged(root) as stage:
+    planted = engine.plant(options.fault, options.strength) if options.fault else nullcontext()
+    with planted as expected, staged(root) as stage:
         _capture_all(plans, engine, stage, options, progress or (lambda _step: None))
         keep_other_modes(root, stage, [trace.header for trace in load_traces(stage.traces)])
         result = analyze(stage.root)
@@ -215,7 +223,7 @@ def run(
                         prune_payloads(trace, item, stage.traces)
             result = analyze(stage.root)
         write_reports(stage.root, result.reports())
-    return Result(result.judgement, result.traces, root / "traces")
+    return Result(result.judgement, result.traces, root / "traces", expected=expected)
 
 
 def _add_matrices(engine: Engine, result: Result, stage: Layout) -> bool:
@@ -278,6 +286,10 @@ def parse_mode(word: str) -> tuple[Mode, ...]:
 def _check_options(engine: Engine, options: RunOptions) -> None:
     if options.fault is not None:
         find_fault(options.fault)
+    if options.strength is not None and (options.fault is None or not math.isfinite(options.strength)):
+        raise UsageError("a strength of no fault", where="--fault-strength", measured=str(options.strength),
+                         allowed="a finite number, with --fault",
+                         next_step="name the fault (`driftprobe faults` lists strengths)")  # fmt: skip
     if options.payload not in PAYLOADS:
         raise UsageError("unknown payload choice", where="--payload", measured=options.payload,
                          allowed=", ".join(PAYLOADS), next_step="choose one of them")  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from driftprobe.fingerprint import Array, Float64, l2_norm, to_float64
-from driftprobe.taps import ExecutionOrder, execution_order
+from driftprobe.taps import CACHE_TAPS, ExecutionOrder, execution_order
 from driftprobe.trace import Record, Trace
 
 
@@ -99,15 +99,25 @@ def pair(trace: Trace, reference: str, candidate: str, payloads: PayloadSource) 
     """Return the pairs of two arms of a trace, in execution order, matched by step, layer, tensor and position.
 
     A record that names no position is matched with the one record of its step, layer and tensor on the other side.
-    Records whose shapes disagree, and records of the same place beyond the first, are not pairs: they are left over.
+    Records whose shapes disagree in more than the number of rows seen, and records of the same place beyond the first,
+    are not pairs: they are left over.
     """
     left, right = (_by_place(trace, arm) for arm in (reference, candidate))
     found: list[tuple[Record, Record]] = []
     for place, mine in left.items():
         found += _matches(mine, right.get(place, []))
     taken = {id(record) for both in found for record in both}
+    found.sort(key=lambda both: _order(both[0]))
+    surplus = {(p.step, p.layer): _surplus(p, d) for p, d in found if p.tensor == "attn_scores"}
+
+    def drift(p: Record, d: Record) -> Drift:
+        if _same_shape(p, d):
+            return drift_between(p, d, payloads)
+        shown = p.tensor in CACHE_TAPS and surplus.get((p.step, p.layer)) == _surplus(p, d)
+        return _drift_of_common_rows(p, d, payloads) if shown else Drift(math.inf, "moments")
+
     return Pairing(
-        tuple(Pair(p, d, drift_between(p, d, payloads)) for p, d in sorted(found, key=lambda both: _order(both[0]))),
+        tuple(Pair(p, d, drift(p, d)) for p, d in found),
         _left_over(left, taken),
         _left_over(right, taken),
     )
@@ -139,7 +149,7 @@ def _matches(left: list[Record], right: list[Record]) -> list[tuple[Record, Reco
     alone = [record for record in left if id(record) not in taken]
     if len(alone) == len(rest) == 1 and None in (alone[0].logical_tok_idx, rest[0].logical_tok_idx):
         pairs.append((alone[0], rest[0]))
-    return [(p, d) for p, d in pairs if _same_shape(p, d)]
+    return [(p, d) for p, d in pairs if _same_shape(p, d) or _other_extent(p, d)]
 
 
 def _left_over(records: _ByPlace, taken: set[int]) -> tuple[Record, ...]:
@@ -154,6 +164,42 @@ def _order(record: Record) -> tuple[int, ExecutionOrder, int]:
 
 def _same_shape(left: Record, right: Record) -> bool:
     return left.shape is None or right.shape is None or left.shape == right.shape
+
+
+_ROWS_AXIS = {"k_cache": 0, "v_cache": 0, "attn_scores": -1, "attn_probs": -1}
+"""Taps with a row, or a column, for each position that the step sees: one side may see more than the other."""
+
+
+def _other_extent(left: Record, right: Record) -> bool:
+    """Whether two records differ in shape by the number of positions seen, and by nothing else."""
+    axis = _ROWS_AXIS.get(left.tensor)
+    if axis is None or not left.shape or not right.shape or len(left.shape) != len(right.shape):
+        return False
+    rest = [tuple(n for i, n in enumerate(r.shape or ()) if i != axis % len(left.shape)) for r in (left, right)]
+    return rest[0] == rest[1]
+
+
+def _surplus(reference: Record, candidate: Record) -> tuple[int, int]:
+    """Return how many positions more the candidate sees, and how much later it begins."""
+    axis = _ROWS_AXIS[reference.tensor]
+    if not reference.shape or not candidate.shape:
+        return 0, 0
+    return candidate.shape[axis] - reference.shape[axis], candidate.row_start - reference.row_start
+
+
+def _drift_of_common_rows(reference: Record, candidate: Record, payloads: PayloadSource) -> Drift:
+    """Return the drift of the cache rows that both sides see; that one sees more is a matter of `attn_scores`."""
+    starts, rows = (reference.row_start, candidate.row_start), (reference.rows or (), candidate.rows or ())
+    first, last = max(starts), min(start + len(r) for start, r in zip(starts, rows, strict=True))
+    if first >= last:
+        return Drift(math.inf, "moments")
+    hashes = [r[first - start : last - start] for start, r in zip(starts, rows, strict=True)]
+    if hashes[0] == hashes[1] and _same_dtype(reference, candidate):
+        return EQUAL
+    arrays = payloads.get(reference), payloads.get(candidate)
+    if arrays[0] is None or arrays[1] is None:
+        return UNKNOWN
+    return exact_drift(arrays[0][first - starts[0] : last - starts[0]], arrays[1][first - starts[1] : last - starts[1]])
 
 
 def drift_between(reference: Record, candidate: Record, payloads: PayloadSource) -> Drift:

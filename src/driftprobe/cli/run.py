@@ -48,6 +48,7 @@ Reports go to OUT/DATE/NAME. Exit codes: 0 NO_DRIFT or STRUCTURAL_DRIFT, 1 MISMA
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the rounding noise of arms N.")
 @click.option("--payload", default="failing", show_default=True, help="Whole tensors to keep: none, failing, all.")
 @click.option("--fault", default=None, help="Plant a fault (see `driftprobe faults`).")
+@click.option("--fault-strength", "strength", type=float, default=None, help="How strong. Default: the fault's own.")
 @click.option("--ladder", default="auto", show_default=True, help="Run all again in float64: auto, on or off.")
 @click.option("--date", default=None, help="Folder of the run under OUT. Default: today.")
 @click.option("--name", default="b3_66_v2", show_default=True, help="Name of the run.")
@@ -69,6 +70,7 @@ def command(
     seed: int,
     payload: str,
     fault: str | None,
+    strength: float | None,
     ladder: str,
     date: str | None,
     name: str,
@@ -80,7 +82,7 @@ def command(
     root = place_of(out, day, name)
     options = RunOptions(
         modes=parse_mode(mode), steps=steps, seed=seed, layers=_layers(layers), payload=payload, fault=fault,
-        ladder=ladder, date=day, output=root.as_posix(),
+        strength=strength, ladder=ladder, date=day, output=root.as_posix(),
     )  # fmt: skip
     if fault is not None:
         find_fault(fault)

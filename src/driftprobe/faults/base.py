@@ -34,6 +34,8 @@ class Fault:
     min_kv_heads: int = 1
     sample: int = 6
     """Tokens of the short run that must show whether it changes anything."""
+    beyond_window: bool = False
+    """Whether it acts only on a text longer than the model's sliding window."""
     side: str = "decode"
     """The side that is broken: `decode`, or `prefill`."""
 

@@ -11,6 +11,7 @@ import torch
 
 from driftprobe.engines.base import Constant, Tapped
 from driftprobe.engines.hf.anatomy import dissect, text_config
+from driftprobe.engines.hf.attention import sliding_window
 from driftprobe.engines.hf.cache import TupleCache, layer_count, new_cache, rows_heard, stored_rows
 from driftprobe.engines.hf.constants import constants_of
 from driftprobe.engines.hf.fused import same_bits
@@ -181,7 +182,8 @@ class HFEngine:
         Raises UsageError where the fault is unknown, cannot act in this model, or changes nothing in a sample run.
         """
         declared = find_fault(fault)
-        length = max(declared.sample, declared.min_prompt + 1)
+        windows = [sliding_window(layer.attention, layer.index) or 0 for layer in self.anatomy.layers]
+        length = max(declared.sample, declared.min_prompt + 1, *(w + 2 for w in windows if declared.beyond_window))
         clean = self._sample(length)
         site = Site(self.model, self.anatomy, self.taps, latent=bool(self._learned.expanded))
         with plant(fault, site, strength) as expected:

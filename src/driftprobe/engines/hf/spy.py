@@ -77,6 +77,8 @@ class Heard:
     """Layer -> keys and values that attention was given, where they are not the cache's rows or not known to be."""
     windows: dict[int, int | None] = field(default_factory=dict)
     """Layer -> the window that attention was called with."""
+    spans: dict[int, tuple[int, list[tuple[int, int, int]]]] = field(default_factory=dict)
+    """Layer -> how many columns attention was over, and what each wanted row gave weight to, as `visible` says it."""
     projected: dict[int, Tensor] = field(default_factory=dict)
     """Layer -> output of its fused projection."""
     routed: dict[int, tuple[Any, Any]] = field(default_factory=dict)
@@ -273,15 +275,18 @@ class Spy:
             declared = sliding_window(self.anatomy.layers[layer].attention, layer)
             window = heard.windows.get(layer, declared)
             rows = heard.given.get(layer, cached) if layer in self.learned.expanded else cached
-            spans = [heard.visible(row, rows.keys_GSD.shape[1], window) for row in heard.wanted]
+            stored = rows.keys_GSD.shape[1]
+            spans = [heard.visible(row, stored, window) for row in heard.wanted]
             if layer in self.learned.expanded or (layer, "_value") not in heard.taps:
                 newest = [high - 1 for _, high, _ in spans]  # the cache was not given keys and values, or not heard
-                for name, stored in (("_key", rows.keys_GSD), ("_value", rows.values_GSD)):
-                    heard.taps[(layer, name)] = [stored[:, at : at + 1].transpose(0, 1) for at in newest]
+                for name, kept in (("_key", rows.keys_GSD), ("_value", rows.values_GSD)):
+                    heard.taps[(layer, name)] = [kept[:, at : at + 1].transpose(0, 1) for at in newest]
             if self.anatomy.rotary:
                 heard.taps[(layer, "k_rope")] = heard.taps[(layer, "_key")]
-            for tensor, stored in (("k_cache", rows.keys_GSD), ("v_cache", rows.values_GSD)):
-                heard.taps[(layer, tensor)] = [stored[:, low:high].transpose(0, 1) for low, high, _ in spans]
+            columns_seen, seen = heard.spans.get(layer, (0, spans))
+            spans = seen if columns_seen == stored else spans
+            for tensor, kept in (("k_cache", rows.keys_GSD), ("v_cache", rows.values_GSD)):
+                heard.taps[(layer, tensor)] = [kept[:, low:high].transpose(0, 1) for low, high, _ in spans]
                 heard.row_start[(layer, tensor)] = [start for _, _, start in spans]
 
     def attention(self, layer: int, call: AttentionCall, window: int | None) -> None:
@@ -302,14 +307,27 @@ class Spy:
         expanded = self.trial or layer in self.learned.expanded
         if expanded and call.key_BGSD is not None and call.value_BGSD is not None:
             heard.given[layer] = Rows(call.key_BGSD[0].detach().clone(), call.value_BGSD[0].detach().clone())
-        found = []
+        found, spans = [], []
         for row in heard.wanted:
-            low, high, _ = heard.visible(row, columns(call), window)
-            pair = scores_of(call, row, low, high)
+            pair = scores_of(call, row, 0, columns(call))
             if pair is None:
                 return
-            found.append(tuple(t.unsqueeze(0).detach().clone() for t in pair))
+            span = _with_weight(pair[1], heard.visible(row, columns(call), window))
+            spans.append(span)
+            found.append(tuple(t[:, span[0] : span[1]].unsqueeze(0).detach().clone() for t in pair))
         scores, probs = zip(*found, strict=True)
+        heard.spans[layer] = (columns(call), spans)
         heard.taps[(layer, "attn_scores")], heard.taps[(layer, "attn_probs")] = list(scores), list(probs)
+        for tensor in ("attn_scores", "attn_probs"):
+            heard.row_start[(layer, tensor)] = [start for _, _, start in spans]
         if call.seen is None:
             heard.recomputed |= {(layer, "attn_scores"), (layer, "attn_probs")}
+
+
+def _with_weight(probs_HS: Tensor, span: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return a span of columns, widened to those beyond it that are given weight: a leak, or a row too many."""
+    low, high, start = span
+    weighty = (probs_HS > 0).any(dim=0).nonzero().flatten()
+    first = min(low, int(weighty[0])) if len(weighty) else low
+    last = max(high, int(weighty[-1]) + 1) if len(weighty) else high
+    return first, last, start - (low - first)
