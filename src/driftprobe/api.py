@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from driftprobe.artifacts import Layout, check_place, copy_run, keep_other_modes, staged, write_reports
+from driftprobe.boundaries import LONGEST, Boundaries
+from driftprobe.boundaries import boundaries as derive
 from driftprobe.capture import CaptureOptions, capture, choose_tokens, trace_name
 from driftprobe.constants import add_constants
 from driftprobe.diagnose import diagnose
@@ -24,7 +26,7 @@ from driftprobe.judgement import Failure, Impact, Judgement, Limits, Verdict
 from driftprobe.load import load_traces, traces_folder
 from driftprobe.payload import Payloads
 from driftprobe.plan import Mode, Plan, Prompt, at_rung, make_plan
-from driftprobe.prompts import LENGTHS, Source, builtin_prompt, make_prompts
+from driftprobe.prompts import LENGTHS, Source, boundary_prompts, builtin_prompt, make_prompts
 from driftprobe.prune import prune_payloads
 from driftprobe.report import render_all
 from driftprobe.trace import Trace
@@ -141,6 +143,8 @@ def probe(
     payload: str = "failing",
     fault: str | None = None,
     strength: float | None = None,
+    boundaries: bool = False,
+    longest: int = LONGEST,
     ladder: str = "auto",
     out: str | Path | None = None,
 ) -> Result:
@@ -150,19 +154,16 @@ def probe(
     attention kernel stay as they are). `prompts` maps names to text or token ids, or lists them; token ids need no
     tokenizer. The default is the three built-in prompts. `ladder` says whether all is run again in float64: `auto`
     (where the model is small enough), `on` or `off`. `out` is the artifacts folder to write; without it traces live in
-    a temporary folder as long as the result does, and `Result.write` keeps them.
+    a temporary folder as long as the result does, and `Result.write` keeps them. `boundaries` adds prompts at the
+    lengths where the model itself switches, up to `longest` tokens (see `driftprobe.boundaries`).
 
     Raises UsageError (or a subclass) for input that cannot be used, EngineError where the model fails while it runs.
     """
     modes = parse_mode(mode)
-    if isinstance(model, str | Path):
-        engine = open_engine("hf", model=str(model), dtype=dtype or "float32", attn=attn)
-    else:
-        _reject_for_objects(dtype, attn)
-        from driftprobe.engines.hf import HFEngine
-
-        engine = HFEngine(model, tokenizer)
+    engine = make_engine(model, dtype=dtype, attn=attn, tokenizer=tokenizer)
     chosen = builtin_prompts(engine) if prompts is None else make_prompts(prompts, engine)
+    if boundaries:
+        chosen += boundary_prompts(find_boundaries(engine, steps, longest), engine, () if prompts is None else chosen)
     options = RunOptions(
         modes=modes, steps=steps, seed=seed, layers=None if layers is None else tuple(layers), payload=payload,
         fault=fault, strength=strength, ladder=ladder, date=calendar.today().isoformat(),
@@ -173,6 +174,16 @@ def probe(
     temporary = tempfile.TemporaryDirectory(prefix="driftprobe-")
     result = run(engine, chosen, options, Path(temporary.name) / "run")
     return replace(result, _temporary=temporary)
+
+
+def make_engine(model: Any, *, dtype: str | None, attn: str | None, tokenizer: Any) -> Engine:
+    """Return the engine of a model folder, `builtin:tiny`, or a model object of transformers."""
+    if isinstance(model, str | Path):
+        return open_engine("hf", model=str(model), dtype=dtype or "float32", attn=attn)
+    _reject_for_objects(dtype, attn)
+    from driftprobe.engines.hf import HFEngine
+
+    return HFEngine(model, tokenizer)
 
 
 def analyze(folder: str | Path, *, mode: str | None = None) -> Result:
@@ -268,6 +279,12 @@ def make_plans(engine: Engine, prompts: Sequence[Prompt], options: RunOptions) -
 def builtin_prompts(engine: Engine, names: Iterable[str] = tuple(LENGTHS)) -> list[Prompt]:
     """Return built-in prompts by name."""
     return [builtin_prompt(name, engine) for name in names]
+
+
+def find_boundaries(engine: Engine, steps: int = 1, longest: int = LONGEST) -> Boundaries:
+    """Return the lengths at which the engine's model switches, and which of them are probed."""
+    facts = engine.facts
+    return derive(facts.switches, max_positions=facts.max_positions, steps=steps, longest=longest)
 
 
 def parse_mode(word: str) -> tuple[Mode, ...]:

@@ -7,10 +7,12 @@ parameters. Nothing in the trace says that a fault was planted, except a label t
 from __future__ import annotations
 
 from driftprobe.errors import UsageError
-from driftprobe.faults import attention, cache, modules
+from driftprobe.faults import attention, cache, modules, statespace
 from driftprobe.faults.base import Expected, Fault
 
-FAULTS: dict[str, Fault] = {fault.name: fault for fault in (*attention.FAULTS, *cache.FAULTS, *modules.FAULTS)}
+FAULTS: dict[str, Fault] = {
+    fault.name: fault for fault in (*attention.FAULTS, *cache.FAULTS, *modules.FAULTS, *statespace.FAULTS)
+}
 
 __all__ = ["FAULTS", "Expected", "Fault", "find_fault"]
 

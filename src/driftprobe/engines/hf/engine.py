@@ -12,7 +12,7 @@ import torch
 from driftprobe.engines.base import Constant, Tapped
 from driftprobe.engines.hf.anatomy import dissect, text_config
 from driftprobe.engines.hf.attention import sliding_window
-from driftprobe.engines.hf.cache import TupleCache, layer_count, new_cache, rows_heard, stored_rows
+from driftprobe.engines.hf.cache import TupleCache, filled, layer_count, new_cache, row_layers, rows_heard, stored_rows
 from driftprobe.engines.hf.constants import constants_of
 from driftprobe.engines.hf.fused import same_bits
 from driftprobe.engines.hf.host import to_array
@@ -21,6 +21,8 @@ from driftprobe.engines.hf.noise import rounding_noise, with_cast_noise
 from driftprobe.engines.hf.planting import Site, cannot_act, plant
 from driftprobe.engines.hf.routing import Kept, Routing
 from driftprobe.engines.hf.spy import Heard, Learned, Rows, Spy
+from driftprobe.engines.hf.states import States, stored_states
+from driftprobe.engines.hf.switches import max_positions, switches_of
 from driftprobe.engines.hf.trial import learn, taps_of, trial_length
 from driftprobe.engines.hf.weights import weights_of
 from driftprobe.errors import EngineError, ModelError, UsageError
@@ -34,8 +36,6 @@ _SAMPLE = 6
 _WIDE_DEVICES = ("cpu", "cuda", "xpu")
 """Devices that compute in float64."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-NO_LIMIT = 1 << 20
-"""Positions allowed where a model states no limit of its own (ALiBi, state-space)."""
 
 
 class HFEngine:
@@ -47,7 +47,6 @@ class HFEngine:
     """
 
     perturbs = True
-    knobs: tuple[str, ...] = ("threads", "chunks")
 
     def __init__(
         self, model: Any, tokenizer: Any = None, *, label: str = "", casts: Mapping[str, str] | None = None
@@ -58,13 +57,19 @@ class HFEngine:
         self._label = label or f"object:{type(model).__name__}"
         self._kept: dict[int, dict[int, Rows]] = {}
         self._routed: dict[int, Kept] = {}
+        self._states: dict[int, dict[int, States]] = {}
+        """Count of tokens that were prefilled -> layer -> the states that the last of them left."""
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in parameters
+        self._past = "cache_params" if "cache_params" in parameters else "past_key_values"
         self._returns_dict = "return_dict" in parameters
         self._learned = Learned()
         self._makes_tuples = self._hands_back_tuples()
         self._inner_cast = self._casts_inside()
         self.taps = self._trial()
+        # Mixers with a state are not promised to take several tokens on a filled cache.
+        chunks = () if "ssm_state" in self.taps or "conv_state" in self.taps else ("chunks",)
+        self.knobs: tuple[str, ...] = (*(("threads",) if model.device.type == "cpu" else ()), *chunks)
 
     @property
     def facts(self) -> EngineFacts:
@@ -84,7 +89,8 @@ class HFEngine:
             heads=self.anatomy.heads,
             kv_heads=self.anatomy.kv_heads,
             vocabulary=self._vocabulary,
-            max_positions=int(getattr(config, "max_position_embeddings", 0) or NO_LIMIT),
+            max_positions=max_positions(config),
+            switches=switches_of(self.model, self.anatomy),
             device=str(self.model.device),
         )
 
@@ -128,13 +134,16 @@ class HFEngine:
                     routing.forces = (self._routed[call.routed_to], call.start, call.stop)
                 if call.aligned_to is not None:
                     yield self._align(arm, call, cache)
-                listens = bool(call.reads) or arm.keeps_rows_for is not None
+                aligns = call.start == 0 and any(other.aligned_to is not None for other in arm.passes)
+                listens = bool(call.reads) or arm.keeps_rows_for is not None or aligns
                 heard = self._listen(spy, call, token_ids, cache) if listens else None
                 if heard is None:
                     self._forward(token_ids[call.start : call.stop], call.start, cache)
                     continue
                 if arm.keeps_rows_for is not None:
                     self._kept[arm.keeps_rows_for] = heard.cache
+                if arm.keeps_rows_for is not None or aligns:
+                    self._states[call.stop] = heard.states
                 yield from _hand_out(heard, call.reads, self.anatomy.layers)
 
     def constants(self, layers: frozenset[int]) -> Iterator[Constant]:
@@ -197,17 +206,18 @@ class HFEngine:
             yield expected
 
     def _sample(self, length: int = _SAMPLE) -> list[torch.Tensor]:
-        """Return the logits of one decode step after a short prefill, and the cache rows that it leaves."""
+        """Return the logits of one decode step after a short prefill, and the cache rows and states that it leaves."""
         tokens = self._some_tokens(length)
         with self._evaluating():
             cache = self._cache()
             self._forward(tokens[:-1], 0, cache)
             logits = self._forward(tokens[-1:], length - 1, cache).logits
-        return [logits, *(rows for layer in range(layer_count(cache)) for rows in stored_rows(cache, layer))]
+        rows = [rows for layer in row_layers(cache) for rows in stored_rows(cache, layer)]
+        return [logits, *rows, *(s for layer in range(layer_count(cache)) for s in stored_states(cache, layer).all)]
 
     def _listen(self, spy: Spy, call: Pass, token_ids: Sequence[int], cache: Any) -> Heard:
         wanted = tuple(read.position - call.start for read in call.reads)
-        heard = Heard(wanted, call.start, call.stop - call.start)
+        heard = Heard(wanted, call.start, call.stop - call.start, past=cache)
         with spy.listening(heard), rows_heard(self.model, cache, spy, heard):
             output = self._forward(token_ids[call.start : call.stop], call.start, cache)
             spy.take(None, "logits", output.logits)
@@ -223,7 +233,7 @@ class HFEngine:
             arguments["return_dict"] = True
         past = cache.value if isinstance(cache, TupleCache) else cache
         try:
-            output = self.model(**arguments, past_key_values=past, use_cache=True)
+            output = self.model(**arguments, **{self._past: past}, use_cache=True)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
             raise EngineError(
                 "the model failed while it ran", where=f"{self._label}, tokens {start} to {start + len(token_ids) - 1}",
@@ -236,7 +246,11 @@ class HFEngine:
         return output
 
     def _align(self, arm: Arm, call: Pass, cache: Any) -> Event:
-        """Replace cache rows [0, call.start) by P's, then read every layer back and count what differs."""
+        """Replace cache rows [0, call.start) by P's, then read every layer back and count what differs.
+
+        States are replaced by those that a prefill of tokens [0, call.start) left: a prefill of one token more, as P,
+        has rows for the tokens before it but no states.
+        """
         assert call.aligned_to is not None
         kept, different, rows = self._kept[call.aligned_to], 0, 0
         for layer, source in kept.items():
@@ -246,9 +260,19 @@ class HFEngine:
                 back = stored_rows(cache, layer)[0 if wanted is source.keys_GSD else 1][0]
                 different += int(_differing(back, aligned).any(dim=-1).any(dim=0).sum())
                 rows += aligned.shape[1]
-        return Event(
-            event="cache_readback", arm=arm.name, step=call.aligned_to, measured={"rows": rows, "different": different}
-        )
+        states, unlike = self._align_states(call.start, cache)
+        measured = {"rows": rows, "different": different + unlike} | ({"states": states} if states else {})
+        return Event(event="cache_readback", arm=arm.name, step=call.aligned_to, measured=measured)
+
+    def _align_states(self, tokens: int, cache: Any) -> tuple[int, int]:
+        """Replace states by those that a prefill of so many tokens left; return how many, and how many differ after."""
+        count = different = 0
+        for layer, kept in self._states.get(tokens, {}).items():
+            for stored, wanted in zip(stored_states(cache, layer).all, kept.all, strict=True):
+                stored.copy_(wanted)
+            for back, wanted in zip(stored_states(cache, layer).all, kept.all, strict=True):
+                count, different = count + 1, different + (not same_bits(back, wanted))
+        return count, different
 
     def _trial(self) -> dict[str, tuple[int, ...]]:
         """Run a few tokens and one decode step, and return the taps that fired in both and fit their place."""
@@ -280,7 +304,7 @@ class HFEngine:
                 self._forward(self._some_tokens(2), 0, cache)
             except Exception:  # whatever an older model does with an object that it does not know
                 return True
-        return int(cache.get_seq_length()) == 0
+        return not filled(cache)
 
     @property
     def _vocabulary(self) -> int:

@@ -19,11 +19,13 @@ from driftprobe.engines.hf.attention import (
     AttentionCall,
     AttentionOps,
     attention_calls,
+    attention_chunk,
     columns,
     scores_of,
     sliding_window,
 )
 from driftprobe.engines.hf.fused import split
+from driftprobe.engines.hf.states import States, stored_states
 
 Tensor = torch.Tensor
 Place = tuple[int | None, str]
@@ -83,12 +85,19 @@ class Heard:
     """Layer -> output of its fused projection."""
     routed: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     """Layer -> input and output of its router."""
+    past: Any = None
+    """The cache that this call writes into."""
+    states: dict[int, States] = field(default_factory=dict)
+    """Layer -> the states that its mixer left behind."""
 
-    def visible(self, row: int, stored: int, window: int | None) -> tuple[int, int, int]:
-        """Return (low, high, start): columns [low, high) of `stored` that a row may see, and the first's position."""
+    def visible(self, row: int, stored: int, window: int | None, chunk: int | None) -> tuple[int, int, int]:
+        """Return (low, high, start): columns [low, high) of `stored` that a row may see, and the first's position.
+
+        A sliding window ends at the row; a chunk begins at a multiple of its size.
+        """
         position = self.first_position + row
         offset = max(self.first_position + self.tokens - stored, 0)
-        start = max(offset, position + 1 - window if window else 0)
+        start = max(offset, position + 1 - window if window else 0, position - position % chunk if chunk else 0)
         return start - offset, position + 1 - offset, start
 
 
@@ -150,6 +159,8 @@ class Spy:
         yield layer.out_proj, self._input(i, "attn_ctx", heads), True
         yield layer.out_proj, self._output(i, "attn_out"), False
         yield layer.attention, self._attention_done(i), False
+        yield layer.mixer, self._input(i, "_mixer_in"), True
+        yield layer.mixer, self._mixer_done(i), False
         if i not in self.learned.mid_from_mlp:
             yield layer.ffn_norm, self._input(i, "x_mid"), True
         yield layer.ffn_norm, self._output(i, "ffn_norm"), False
@@ -226,6 +237,20 @@ class Spy:
 
         return hook
 
+    def _mixer_done(self, layer: int) -> Callable[..., None]:
+        def hook(_module: object, _args: object, _kwargs: object, output: Any) -> None:
+            heard = self.heard
+            if heard is None:
+                return
+            self.take(layer, "mixer_out", output[0] if isinstance(output, tuple) else output)
+            heard.states[layer] = states = stored_states(heard.past, layer).copy()
+            if self.hears(layer) and heard.wanted == (heard.tokens - 1,):
+                for tensor, several in (("conv_state", states.conv), ("ssm_state", states.recurrent)):
+                    if several:
+                        heard.taps[(layer, tensor)] = [_joined(several)]
+
+        return hook
+
     def take(self, layer: int | None, tensor: str, value: object, count: int = 0) -> None:
         """Copy the wanted rows of a `[B, T, …]`, `[B, H, T, D]` or `[T, …]` tensor; `count` heads have their own axis.
 
@@ -276,7 +301,8 @@ class Spy:
             window = heard.windows.get(layer, declared)
             rows = heard.given.get(layer, cached) if layer in self.learned.expanded else cached
             stored = rows.keys_GSD.shape[1]
-            spans = [heard.visible(row, stored, window) for row in heard.wanted]
+            chunk = attention_chunk(self.anatomy.layers[layer].attention, layer)
+            spans = [heard.visible(row, stored, window, chunk) for row in heard.wanted]
             if layer in self.learned.expanded or (layer, "_value") not in heard.taps:
                 newest = [high - 1 for _, high, _ in spans]  # the cache was not given keys and values, or not heard
                 for name, kept in (("_key", rows.keys_GSD), ("_value", rows.values_GSD)):
@@ -309,10 +335,11 @@ class Spy:
             heard.given[layer] = Rows(call.key_BGSD[0].detach().clone(), call.value_BGSD[0].detach().clone())
         found, spans = [], []
         for row in heard.wanted:
+            chunk = attention_chunk(self.anatomy.layers[layer].attention, layer)
             pair = scores_of(call, row, 0, columns(call))
             if pair is None:
                 return
-            span = _with_weight(pair[1], heard.visible(row, columns(call), window))
+            span = _with_weight(pair[1], heard.visible(row, columns(call), window, chunk))
             spans.append(span)
             found.append(tuple(t[:, span[0] : span[1]].unsqueeze(0).detach().clone() for t in pair))
         scores, probs = zip(*found, strict=True)
@@ -331,3 +358,9 @@ def _with_weight(probs_HS: Tensor, span: tuple[int, int, int]) -> tuple[int, int
     first = min(low, int(weighty[0])) if len(weighty) else low
     last = max(high, int(weighty[-1]) + 1) if len(weighty) else high
     return first, last, start - (low - first)
+
+
+def _joined(states: tuple[Tensor, ...]) -> Tensor:
+    """Return a layer's states of one kind as one tensor without the batch axis, one behind the other by channels."""
+    alike = len({state.shape[2:] for state in states}) == 1
+    return torch.cat([state[0] for state in states]) if alike else torch.cat([state.reshape(-1) for state in states])

@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from driftprobe.engines.hf.planting import attention, cache, modules
+from driftprobe.engines.hf.planting import attention, cache, modules, statespace
 from driftprobe.engines.hf.planting.base import Planter, Site, cannot_act
 from driftprobe.faults import Expected, find_fault
 
-PLANTERS: dict[str, Planter] = {**attention.PLANTERS, **cache.PLANTERS, **modules.PLANTERS}
+PLANTERS: dict[str, Planter] = {
+    **attention.PLANTERS,
+    **cache.PLANTERS,
+    **modules.PLANTERS,
+    **statespace.PLANTERS,
+}
 
 __all__ = ["PLANTERS", "Site", "cannot_act", "plant"]
 

@@ -14,7 +14,7 @@ import torch
 
 from driftprobe.causes import Parameter
 from driftprobe.engines.hf.attention import sliding_window
-from driftprobe.engines.hf.cache import TupleCache, layer_count, new_cache, opened, stored_rows
+from driftprobe.engines.hf.cache import TupleCache, layer_count, new_cache, opened, past_of, row_layers, stored_rows
 from driftprobe.engines.hf.planting.base import (
     Call,
     Planter,
@@ -52,9 +52,9 @@ class Written:
     """Rows of other requests, by layer, `[B, G, S, D]` of K and V."""
 
     @property
-    def layers(self) -> range:
+    def layers(self) -> list[int]:
         """The layers that hold rows."""
-        return range(layer_count(self.cache))
+        return row_layers(self.cache)
 
     def rows(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return a layer's stored K and V, `[B, G, S, D]`."""
@@ -94,7 +94,7 @@ def _written(name: str, change: Change, layer: int, strangers: bool = False) -> 
 
         def told(call: Call) -> list[Undo]:
             if pending:  # the parameters are those of the prompt that a decode step follows on
-                _check_window(name, site, opened(call["past_key_values"]), layer)
+                _check_window(name, site, past_of(call), layer)
                 parameters.clear()
                 parameters.update(pending.pop())
             return []
@@ -106,6 +106,8 @@ def _written(name: str, change: Change, layer: int, strangers: bool = False) -> 
 
 
 def _check_latent(name: str, site: Site) -> None:
+    if "k_cache" not in site.taps:
+        raise cannot_act(name, "a cache without K and V rows", "a cache of K and V")
     if site.latent and name not in _FOR_LATENTS:
         raise cannot_act(name, "a cache of latents, from which keys and values are made anew", "a cache of K and V")
 
@@ -302,7 +304,7 @@ def _other_layer_cache(site: Site, _strength: float) -> Iterator[Expected]:
     _check_latent(fault.name, site)
 
     def read(call: Call) -> list[Undo]:
-        cache = opened(call["past_key_values"])
+        cache = past_of(call)
         pairs = [stored_rows(cache, layer) for layer in (0, 1)]
         _check_shapes(fault.name, pairs)
         for mine, other in zip(pairs[1], pairs[0], strict=True):
@@ -331,7 +333,7 @@ def _overwrite_previous(site: Site, _strength: float) -> Iterator[Expected]:
         return output
 
     def start(call: Call) -> list[Undo]:
-        cache = opened(call["past_key_values"])
+        cache = past_of(call)
         if isinstance(cache, TupleCache):
             raise cannot_act(fault.name, "a model that keeps its cache in tuples", "a model with a Cache object")
         if fresh:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from driftprobe.engines.hf.cache import TupleCache, new_cache, opened, stored_rows
+from driftprobe.engines.hf.cache import TupleCache, new_cache, past_of, stored_rows
 from driftprobe.engines.hf.planting.base import Call, Site, Undo, cannot_act, during
 
 Tensor = torch.Tensor
@@ -33,7 +33,7 @@ class Switch:
     def rows(self, layer: int) -> int:
         """Return how many rows a layer's cache holds before this call."""
         try:
-            keys = stored_rows(opened(self.call["past_key_values"]), layer)[0]
+            keys = stored_rows(past_of(self.call), layer)[0]
         except (IndexError, AttributeError, TypeError):
             return 0
         return keys.shape[2] if isinstance(keys, Tensor) and keys.dim() == 4 else 0
@@ -41,7 +41,7 @@ class Switch:
     @property
     def position(self) -> int:
         """Absolute position of the call's first token."""
-        return int(opened(self.call["past_key_values"]).get_seq_length())
+        return int(past_of(self.call).get_seq_length())
 
 
 @contextmanager
@@ -171,7 +171,7 @@ def reads_rows(name: str, call: Call, change: Callable[[Tensor], Tensor]) -> Und
 
 def around_update(name: str, call: Call, around: Callable[..., Any]) -> Undo:
     """Put `around(update, key, value, layer, …)` in place of the cache's update for one call."""
-    cache = opened(call["past_key_values"])
+    cache = past_of(call)
     if isinstance(cache, TupleCache):
         raise cannot_act(name, "a model that keeps its cache in tuples", "a model with a Cache object")
     heard, update = cache.__dict__.get("update"), cache.update
