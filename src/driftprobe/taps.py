@@ -126,11 +126,18 @@ _RANK: dict[str, int] = {tap.name: rank for rank, tap in enumerate(TAPS)}
 CACHE_TAPS: frozenset[str] = frozenset({"k_cache", "v_cache"})
 """Taps that hold one row a position, hashed row by row."""
 
+REFERENCE, CANDIDATE = "reference", "candidate"
+"""The phases of mode `paths`: two ways to run a model that its user claims to be equal."""
 ExecutionOrder = tuple[int, int, int, str]
 
 
-def execution_order(layer: int | None, tensor: str) -> ExecutionOrder:
-    """Return the sort key of a tap: scope, layer, op. Unknown names come last in their layer, by name."""
+def execution_order(layer: int | None, tensor: str, rank: int | None = None) -> ExecutionOrder:
+    """Return the sort key of a tap: scope, layer, op. Unknown names come last in their layer, by name.
+
+    `rank` is the place that a run has measured (`Record.order`); where it is known, names do not count.
+    """
+    if rank is not None:
+        return (0, rank, 0, tensor)
     tap = BY_NAME.get(tensor)
     if tap is None:
         return (Scope.LAYER.value if layer is not None else Scope.OUTPUT.value, layer or 0, len(TAPS), tensor)

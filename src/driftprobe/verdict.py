@@ -27,7 +27,7 @@ from driftprobe.judgement import (
 from driftprobe.local import LOCAL_LIMIT, Bench, bench, own_rounding
 from driftprobe.matched import MIN_Z, match_filters
 from driftprobe.rows import check_rows, kv_indicators
-from driftprobe.taps import ExecutionOrder, execution_order, place
+from driftprobe.taps import CANDIDATE, REFERENCE, ExecutionOrder, execution_order, place
 from driftprobe.trace import CONSTANTS, Record, Trace
 
 _COMPARED = ("P", "D", "A")
@@ -180,7 +180,7 @@ def _of_cell(cell: Cell) -> Failure:
 
 
 def _order(failure: Failure) -> tuple[int, ExecutionOrder, bool]:
-    return (failure.step, execution_order(failure.layer, failure.tensor), failure.phase == "prefill_ext")
+    return (failure.step, execution_order(failure.layer, failure.tensor, failure.order), failure.phase == "prefill_ext")
 
 
 def _failure(pair: Pair, floor: Floor, phase: str) -> Failure:
@@ -188,7 +188,7 @@ def _failure(pair: Pair, floor: Floor, phase: str) -> Failure:
     value = drift.at_least if drift.at_least is not None else math.nan
     return Failure(
         record.prompt, record.step, record.layer, record.tensor, value, floor.value, value / floor.value, phase,
-        arm=record.arm,
+        arm=record.arm, position=record.logical_tok_idx, order=record.order,
     )  # fmt: skip
 
 
@@ -235,8 +235,11 @@ def _decide(
 
 def _words(failure: Failure) -> str:
     """Return a failure in a sentence: what, where, measured, allowed."""
-    where = f"{place(failure.layer, failure.tensor)}, prompt {failure.prompt}, step {failure.step}"
-    lead = f"{failure.phase} differs from prefill_last at {where}: drift {failure.drift:.2e}, "
+    reference, at = ("prefill_last", f"step {failure.step}")
+    if failure.phase == CANDIDATE:
+        reference, at = REFERENCE, f"position {failure.position}"
+    where = f"{place(failure.layer, failure.tensor)}, prompt {failure.prompt}, {at}"
+    lead = f"{failure.phase} differs from {reference} at {where}: drift {failure.drift:.2e}, "
     if failure.local is not None:
         return (
             f"{lead}under the floor of {failure.floor:.2e}, but the op's inputs are bit for bit equal and its own "

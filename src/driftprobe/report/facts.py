@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from driftprobe.floor import LIMIT
 from driftprobe.judgement import Cell, Failure, Judgement, ModeJudgement, Status, TraceJudgement, Verdict
 from driftprobe.report.text import NOT_TOLD, count, number, printable, times
-from driftprobe.taps import execution_order, place
+from driftprobe.taps import CANDIDATE, execution_order, place
 from driftprobe.trace import Header, Trace
 
 MODES = ("as_designed", "kv_aligned")
@@ -102,7 +102,7 @@ def prompts(traces: Sequence[Trace]) -> tuple[PromptFacts, ...]:
 
 def sort_cells(cells: Iterable[Cell]) -> list[Cell]:
     """Return cells in the order in which the engine computed them."""
-    return sorted(cells, key=lambda cell: (cell.step, execution_order(cell.layer, cell.tensor)))
+    return sorted(cells, key=lambda cell: (cell.step, execution_order(cell.layer, cell.tensor, cell.reference.order)))
 
 
 def largest(cells: Iterable[Cell]) -> Cell | None:
@@ -112,8 +112,11 @@ def largest(cells: Iterable[Cell]) -> Cell | None:
 
 
 def where(item: Cell | Failure) -> str:
-    """Return a tap with its prompt and step, in words."""
-    return f"{place(item.layer, item.tensor)} of {item.prompt}, step {item.step}"
+    """Return a tap with its prompt and step (its position in mode `paths`), in words."""
+    phase = item.phase if isinstance(item, Failure) else item.candidate.phase
+    position = item.position if isinstance(item, Failure) else item.candidate.logical_tok_idx
+    at = f"position {position}" if phase == CANDIDATE else f"step {item.step}"
+    return f"{place(item.layer, item.tensor)} of {item.prompt}, {at}"
 
 
 def open_gates(item: TraceJudgement) -> bool:

@@ -1,0 +1,194 @@
+"""probe_paths(): two ways to run one model that ought to be equal, compared at every position that both computed.
+
+The experiment has the same arms as any other (docs/probe-paths.md): P is the reference, D the candidate, P' and D'
+are both once more, N1 and N2 are the reference with rounding noise. Gates, floor, first failure and reports are those
+of every run.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from datetime import date as calendar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from driftprobe.api import MAX_SEED, PAYLOADS, Result, analyze
+from driftprobe.artifacts import Layout, check_place, staged, write_reports
+from driftprobe.capture import top_of
+from driftprobe.errors import UsageError
+from driftprobe.fingerprint import Array, fingerprint
+from driftprobe.payload import FOLDER, write_payloads
+from driftprobe.plan import NOISE_ARMS
+from driftprobe.prune import prune_payloads
+from driftprobe.taps import CANDIDATE, REFERENCE
+from driftprobe.trace import LEFT_OUT, OTHER_TOKEN, Event, Header, PlannedRead, Record, TraceWriter
+from driftprobe.trace_checks import name_fault
+
+if TYPE_CHECKING:
+    from driftprobe.engines.hf.paths import Compared, PathEngine, Row
+
+MODE = "paths"
+POSITIONS = 64
+"""Positions that are compared unless told otherwise; of more, those at the ends of calls and others evenly between."""
+
+
+def probe_paths(
+    model: Any,
+    *,
+    reference: Callable[[Any], Any],
+    candidate: Callable[[Any], Any],
+    name: str = "paths",
+    positions: int = POSITIONS,
+    row: int | tuple[int | None, int | None] | None = None,
+    locate: Callable[[dict[str, Any]], Any] | None = None,
+    seed: int = 0,
+    payload: str = "failing",
+    out: str | Path | None = None,
+) -> Result:
+    """Run a model in two ways that ought to be equal and return the verdict.
+
+    `model` is any `torch.nn.Module` that is called with token ids and yields logits, or a function without arguments
+    that makes one anew for each run, where a run leaves state behind in the module. `reference` and `candidate` are
+    functions of the model that run it as they please; what they return is not looked at. The reference
+    runs six times, the candidate three.
+
+    Every forward call of the model inside them is listened to. Rows are paired by absolute position. A position that
+    one path computes several times counts as its last call left it. `positions` is the largest number of them that is
+    compared. `row` is the batch row that holds the sequence (or one for each side); None takes the row whose tokens
+    agree. `locate` tells where a call's tokens stand (`{argument: value}` -> first position), where neither position
+    ids, nor a cache's length, nor the tokens do. `name` names the trace, `out` the artifacts folder to write.
+
+    Raises UsageError for input that cannot be used, EngineError where one of the paths fails.
+    """
+    _check(name, positions, seed, payload)
+    from driftprobe.engines.hf.paths import PathEngine
+
+    rows = row if isinstance(row, tuple) else (row, row)
+    temporary = None if out is not None else tempfile.TemporaryDirectory(prefix="driftprobe-")
+    root = Path(out) if out is not None else Path(str(temporary and temporary.name)) / "run"
+    check_place(root)
+    engine = PathEngine(model, reference, candidate, rows=rows, locate=locate, seed=seed)
+    header = Header(run=name, prompt=name, mode=MODE, seed=seed, payload=payload,
+                    date=calendar.today().isoformat(), labels={} if out is None else {"output": str(out)})  # fmt: skip
+    with staged(root) as stage:
+        _capture(engine, header, positions, stage)
+        result = analyze(stage.root)
+        if payload == "failing":
+            _prune(result, stage)
+            result = analyze(stage.root)
+        write_reports(stage.root, result.reports())
+    return Result(result.judgement, result.traces, root / "traces", temporary)
+
+
+def _check(name: str, positions: int, seed: int, payload: str) -> None:
+    fault = name_fault("name", name)
+    if fault is not None:
+        what, measured, allowed, mend = fault
+        raise UsageError(what, where="name", measured=measured, allowed=allowed, next_step=mend)
+    if positions < 1:
+        raise UsageError("too few positions", where="positions", measured=str(positions), allowed="1 or more",
+                         next_step="compare at least one position")  # fmt: skip
+    if not 0 <= seed < MAX_SEED:
+        raise UsageError("seed out of range", where="seed", measured=str(seed)[:40], allowed=f"0 to {MAX_SEED - 1}",
+                         next_step="choose a smaller seed")  # fmt: skip
+    if payload not in PAYLOADS:
+        raise UsageError("unknown payload choice", where="payload", measured=payload, allowed=", ".join(PAYLOADS),
+                         next_step="choose one of them")  # fmt: skip
+
+
+def _capture(engine: PathEngine, header: Header, limit: int, stage: Layout) -> None:
+    """Run every arm and write the trace, its payloads and a log into a staging folder."""
+    compared = engine.scout(limit)
+    header = _complete(header, engine, compared)
+    stem = f"{header.prompt}_{header.mode}"
+    lines = [f"{header.engine.version} {header.engine.model} {header.engine.dtype} on {header.engine.device}"]
+    with TraceWriter(stage.traces / f"{stem}.jsonl", header) as writer:
+        for arm, noise_seed in _arms(engine, header.seed):
+            kept: dict[str, Array] = {}
+            for item in engine.run(arm, compared, noise_seed) if compared.positions else ():
+                record, whole = _record(item, arm, header)
+                if whole is not None:
+                    kept[whole] = item.array
+                    record = replace(record, payload=f"{FOLDER}/{stem}.{arm}.safetensors#{whole}")
+                writer.record(record)
+            if kept:
+                write_payloads(stage.traces / FOLDER / f"{stem}.{arm}.safetensors", kept)
+            lines.append(f"arm {arm}")
+        for event in _events(compared):
+            writer.event(event)
+    stage.logs.mkdir(parents=True, exist_ok=True)
+    (stage.logs / f"{stem}.log").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _arms(engine: PathEngine, seed: int) -> Iterator[tuple[str, int | None]]:
+    yield from (("P", None), ("D", None), ("P'", None), ("D'", None))
+    for which in range(1, NOISE_ARMS + 1 if engine.perturbs else 1):
+        yield f"N{which}", (seed * 1000 + which) * 10_000
+
+
+def _complete(header: Header, engine: PathEngine, compared: Compared) -> Header:
+    taps: dict[str, list[int]] = {}
+    for layer, tensor in compared.taps.values():
+        taps.setdefault(tensor, []).extend([] if layer is None else [layer])
+    tokens = tuple(0 if token is None else token for token in compared.sequence)
+    return replace(
+        header,
+        engine=engine.facts,
+        token_ids=tokens,
+        prompt_len=len(tokens),
+        reads=tuple(
+            PlannedRead(arm=arm, phase=_phase(arm), step=0, position=compared.positions[0])
+            for arm, _ in _arms(engine, header.seed)
+            if compared.positions
+        ),
+        taps={tensor: tuple(layers) for tensor, layers in taps.items()} if compared.positions else {},
+    )
+
+
+def _phase(arm: str) -> str:
+    return CANDIDATE if arm.startswith("D") else REFERENCE
+
+
+def _record(item: Row, arm: str, header: Header) -> tuple[Record, str | None]:
+    """Return a row's record, and the name of its payload where it keeps one."""
+    whole = None
+    if header.payload != "none" and arm in ("P", "D"):
+        whole = f"{item.position}.{'model' if item.layer is None else item.layer}.{item.tensor}"
+    record = Record(
+        prompt=header.prompt,
+        phase=_phase(arm),
+        layer=item.layer,
+        tensor=item.tensor,
+        arm=arm,
+        token_id=item.token,
+        logical_tok_idx=item.position,
+        order=item.order,
+        **asdict(fingerprint(item.array, header.sketch_size)),
+        top=top_of(item.array) if item.tensor == "logits" else None,
+    )
+    return record, whole
+
+
+def _events(compared: Compared) -> Iterator[Event]:
+    """Yield what no record shows: what both sides have in common, and what was left out and why."""
+    counts = {
+        "common": compared.common,
+        "compared": len(compared.positions),
+        "only_reference": compared.only_reference,
+        "only_candidate": compared.only_candidate,
+        "moved": compared.moved,
+    }
+    yield Event(event="positions", arm="D", measured=counts)
+    if compared.stray is not None:
+        yield Event(event=OTHER_TOKEN, arm="D", measured={"position": compared.stray})
+    for reason, taps in compared.left_out.items():
+        yield Event(event=f"{LEFT_OUT}{reason}", arm="D", measured=taps)
+
+
+def _prune(result: Result, stage: Layout) -> None:
+    for mode in result.judgement.modes.values():
+        for judged in mode.prompts:
+            trace = next(t for t in result.traces if t.path == judged.file)
+            prune_payloads(trace, judged, stage.traces)
