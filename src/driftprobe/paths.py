@@ -105,10 +105,15 @@ def _capture(engine: PathEngine, header: Header, limit: int, stage: Layout) -> N
     stem = f"{header.prompt}_{header.mode}"
     lines = [f"{header.engine.version} {header.engine.model} {header.engine.dtype} on {header.engine.device}"]
     with TraceWriter(stage.traces / f"{stem}.jsonl", header) as writer:
-        for arm, noise_seed in _arms(engine, header.seed):
+        hashes: dict[str, list[str]] = {}
+        for arm, noise_seed in _arms(engine, header.seed, compared):
+            if noise_seed is not None and hashes["P"] != hashes["P'"]:
+                lines.append(f"arm {arm} left out: the reference does not repeat itself, so noise is not all it shows")
+                continue
             kept: dict[str, Array] = {}
-            for item in engine.run(arm, compared, noise_seed) if compared.positions else ():
+            for item in engine.run(arm, compared, noise_seed):
                 record, whole = _record(item, arm, header)
+                hashes.setdefault(arm, []).append(record.hash)
                 if whole is not None:
                     kept[whole] = item.array
                     record = replace(record, payload=f"{FOLDER}/{stem}.{arm}.safetensors#{whole}")
@@ -122,7 +127,11 @@ def _capture(engine: PathEngine, header: Header, limit: int, stage: Layout) -> N
     (stage.logs / f"{stem}.log").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _arms(engine: PathEngine, seed: int) -> Iterator[tuple[str, int | None]]:
+def _arms(engine: PathEngine, seed: int, compared: Compared) -> Iterator[tuple[str, int | None]]:
+    """Yield every arm with the seed of its noise; where nothing is in common, the reference stands alone."""
+    if not compared.common:
+        yield "P", None
+        return
     yield from (("P", None), ("D", None), ("P'", None), ("D'", None))
     for which in range(1, NOISE_ARMS + 1 if engine.perturbs else 1):
         yield f"N{which}", (seed * 1000 + which) * 10_000
@@ -140,10 +149,10 @@ def _complete(header: Header, engine: PathEngine, compared: Compared) -> Header:
         prompt_len=len(tokens),
         reads=tuple(
             PlannedRead(arm=arm, phase=_phase(arm), step=0, position=compared.positions[0])
-            for arm, _ in _arms(engine, header.seed)
-            if compared.positions
+            for arm in ("P", "D", "P'", "D'")
+            if compared.common
         ),
-        taps={tensor: tuple(layers) for tensor, layers in taps.items()} if compared.positions else {},
+        taps={tensor: tuple(layers) for tensor, layers in taps.items()} if compared.common else {},
     )
 
 

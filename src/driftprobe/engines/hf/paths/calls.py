@@ -223,8 +223,9 @@ class Placer:
         guesses = list(_guesses(call, row, columns, context, tokens))
         positions = guesses[0]
         if self.sequence is not None:
-            agreeing = (guess for guess in guesses if self._agrees(context, guess, tokens))
-            positions = next(agreeing, None) or self._searched(context, tokens, guesses[0]) or guesses[0]
+            agreeing = [guess for guess in guesses if self._agrees(context, guess, tokens)]
+            searched = [] if agreeing else [self._searched(context, tokens, guesses[0])]
+            positions = [*agreeing, *filter(None, searched), guesses[0]][0]
         good = self._matching(context) if self.sequence is not None else 0
         kept, stray = [], None
         for column, position, token in zip(columns, positions, tokens, strict=True):

@@ -52,7 +52,7 @@ class Compared:
     sequence: tuple[int | None, ...]
     """The reference's token at every position."""
     positions: tuple[int, ...]
-    """The positions that are compared."""
+    """The positions that are compared; with none in common the reference's first, which finds no partner."""
     common: int
     """How many positions both computed."""
     only_reference: int
@@ -120,10 +120,17 @@ class PathEngine:
         left, right = _computed(again), _computed(other)
         common = sorted(left & right)
         layouts, left_out = self._comparable(again, other, extra)
+        if not layouts:
+            raise EngineError(
+                "nothing can be compared", where="probe_paths(reference=…, candidate=…)",
+                measured=f"{len(left_out)} reasons: {', '.join(left_out)}",
+                allowed="one module or more that both paths run, with an axis that counts tokens",
+                next_step="let both functions call the model with token ids [batch, tokens]",
+            )  # fmt: skip
         strays = [p.stray for p in other.placed if p.stray is not None and p.stray not in right]
         return Compared(
             sequence=tuple(sequence),
-            positions=_chosen(common, limit, _edges(again, other)),
+            positions=_chosen(common, limit, _edges(again, other)) or tuple(sorted(left)[:1]),
             common=len(common),
             only_reference=len(left - right),
             only_candidate=len(right - left),
