@@ -25,7 +25,7 @@ from driftprobe.judgement import (
     Verdict,
 )
 from driftprobe.local import LOCAL_LIMIT, Bench, bench, own_rounding
-from driftprobe.matched import MIN_Z, match_filters
+from driftprobe.matched import MIN_Z, Match, match_filters
 from driftprobe.rows import check_rows, kv_indicators
 from driftprobe.taps import CANDIDATE, REFERENCE, ExecutionOrder, execution_order, place
 from driftprobe.trace import CONSTANTS, Record, Trace
@@ -58,8 +58,8 @@ def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
     controls = _controls(trace, payloads)
     local = _guilty_locally(trace, controls, payloads)
     floors = measure_floors(trace.header, (*decode.matched, *aligned.matched), controls, frozenset(local))
-    cells = _cells(decode.matched, floors, bench(trace, decode.matched, payloads))
-    aligned_cells = _cells(aligned.matched, floors, bench(trace, aligned.matched, payloads))
+    cells = _cells(decode.matched, floors, trace, payloads)
+    aligned_cells = _cells(aligned.matched, floors, trace, payloads)
     strangers = tuple(r for r in trace.records if r.arm not in (*_COMPARED, CONSTANTS) and not is_control(r.arm))
     evidence = Evidence(trace, decode, aligned, strangers, controls, floors, cells)
     gates = pass_gates(evidence)
@@ -117,18 +117,34 @@ def _guilty_locally(trace: Trace, controls: Controls, payloads: PayloadSource) -
     return guilty
 
 
-def _cells(pairs: Sequence[Pair], floors: Floors, on: Bench) -> tuple[Cell, ...]:
-    matches = {(m.step, m.layer, m.tensor): m for m in match_filters(pairs, on)}
-    found = []
+def _cells(pairs: Sequence[Pair], floors: Floors, trace: Trace, payloads: PayloadSource) -> tuple[Cell, ...]:
+    """Return the cells of pairs, in their order; an op is tested with the inputs of its own position."""
+    found: dict[int, Cell] = {}
+    for here in _by_position(pairs):
+        on = bench(trace, here, payloads)
+        matches = {(m.step, m.layer, m.tensor): m for m in match_filters(here, on)}
+        found.update({id(item): _cell(item, floors, on, matches) for item in here})
+    return tuple(found[id(item)] for item in pairs)
+
+
+def _by_position(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
+    """Return pairs as they stand, or, in mode `paths`, where one step holds many positions, those of each."""
+    groups: dict[int | None, list[Pair]] = {}
     for item in pairs:
-        record = item.reference
-        floor, local = _floor_of(item, floors), own_rounding(item, on)
-        match = matches.get((record.step, record.layer, record.tensor))
-        beyond = match is not None or (local is not None and local.excess > LOCAL_LIMIT)
-        status = Status.FAIL if beyond else _status(item.drift, floor)
-        found.append(Cell(record.prompt, record.step, record.layer, record.tensor, item.drift, floor, status, record,
-                          item.candidate, local, match))  # fmt: skip
-    return tuple(found)
+        many = item.candidate.phase == CANDIDATE
+        groups.setdefault(item.reference.logical_tok_idx if many else None, []).append(item)
+    return list(groups.values())
+
+
+def _cell(item: Pair, floors: Floors, on: Bench, matches: dict[tuple[int, int | None, str], Match]) -> Cell:
+    record, floor, local = item.reference, _floor_of(item, floors), own_rounding(item, on)
+    match = matches.get((record.step, record.layer, record.tensor))
+    beyond = match is not None or (local is not None and local.excess > LOCAL_LIMIT)
+    status = Status.FAIL if beyond else _status(item.drift, floor)
+    return Cell(
+        record.prompt, record.step, record.layer, record.tensor, item.drift, floor, status, record, item.candidate,
+        local, match,
+    )  # fmt: skip
 
 
 def _floor_of(item: Pair, floors: Floors) -> Floor:
