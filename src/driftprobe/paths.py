@@ -22,14 +22,13 @@ from driftprobe.fingerprint import Array, fingerprint
 from driftprobe.payload import FOLDER, write_payloads
 from driftprobe.plan import NOISE_ARMS
 from driftprobe.prune import prune_payloads
-from driftprobe.taps import CANDIDATE, REFERENCE
+from driftprobe.taps import CANDIDATE, PATHS, REFERENCE
 from driftprobe.trace import LEFT_OUT, OTHER_TOKEN, Event, Header, PlannedRead, Record, TraceWriter
 from driftprobe.trace_checks import name_fault
 
 if TYPE_CHECKING:
     from driftprobe.engines.hf.paths import Compared, PathEngine, Row
 
-MODE = "paths"
 POSITIONS = 64
 """Positions that are compared unless told otherwise; of more, those at the ends of calls and others evenly between."""
 
@@ -70,7 +69,7 @@ def probe_paths(
     root = Path(out) if out is not None else Path(str(temporary and temporary.name)) / "run"
     check_place(root)
     engine = PathEngine(model, reference, candidate, rows=rows, locate=locate, seed=seed)
-    header = Header(run=name, prompt=name, mode=MODE, seed=seed, payload=payload,
+    header = Header(run=name, prompt=name, mode=PATHS, seed=seed, payload=payload,
                     date=calendar.today().isoformat(), labels={} if out is None else {"output": str(out)})  # fmt: skip
     with staged(root) as stage:
         _capture(engine, header, positions, stage)

@@ -126,8 +126,10 @@ _RANK: dict[str, int] = {tap.name: rank for rank, tap in enumerate(TAPS)}
 CACHE_TAPS: frozenset[str] = frozenset({"k_cache", "v_cache"})
 """Taps that hold one row a position, hashed row by row."""
 
+PATHS = "paths"
+"""The mode in which two callables run one model as they please."""
 REFERENCE, CANDIDATE = "reference", "candidate"
-"""The phases of mode `paths`: two ways to run a model that its user claims to be equal."""
+"""Its phases: two ways to run a model that their user claims to be equal."""
 ExecutionOrder = tuple[int, int, int, str]
 
 

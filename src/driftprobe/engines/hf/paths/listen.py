@@ -77,6 +77,7 @@ class Listener:
         self._orders = RowOrders()
         self._inside: list[str] = []
         self._tainted: list[str] = []
+        self._ours: dict[str, list[int]] = {}
 
     @contextmanager
     def installed(self) -> Iterator[Listener]:
@@ -87,11 +88,22 @@ class Listener:
             for name, module in self.model.named_modules():
                 if name:
                     stack.callback(module.register_forward_pre_hook(self._enter(name), with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(self._leave(name)).remove)
-            stack.callback(self.model.register_forward_hook(self._end).remove)
+                after = module.register_forward_hook(self._leave(name))
+                stack.callback(after.remove)
+                self._ours[name] = [after.id]
+            end = self.model.register_forward_hook(self._end)
+            stack.callback(end.remove)
+            self._ours[""].append(end.id)
             yield self
 
-    def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _speak_last(self, name: str, module: nn.Module) -> None:
+        """Put our hooks behind those that the path itself has put in: what they change is what the model goes on with."""
+        for hook in self._ours.get(name, ()):
+            if hook in module._forward_hooks:
+                module._forward_hooks.move_to_end(hook)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._speak_last("", module)
         self._depth += 1
         if self._depth > 1:
             return
@@ -114,7 +126,8 @@ class Listener:
         self._call, self._columns = None, ()
 
     def _enter(self, name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._speak_last(name, module)
             if self._call is None:
                 return
             value = args[0] if args else kwargs.get("hidden_states")
