@@ -97,10 +97,11 @@ class Listener:
             yield self
 
     def _speak_last(self, name: str, module: nn.Module) -> None:
-        """Put our hooks behind those that the path itself has put in: what they change is what the model goes on with."""
+        """Put our hooks behind those that the path itself has put in: the model goes on with what they change."""
         for hook in self._ours.get(name, ()):
-            if hook in module._forward_hooks:
-                module._forward_hooks.move_to_end(hook)
+            known = module._forward_hooks.pop(hook, None)
+            if known is not None:
+                module._forward_hooks[hook] = known
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._speak_last("", module)
