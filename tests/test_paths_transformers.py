@@ -203,10 +203,23 @@ def stepping(model: Any) -> None:
 @pytest.mark.parametrize("name", _OTHERS)
 def test_mixers_that_are_no_attention(name: str, dtype: str) -> None:
     model = other(name, dtype)
-    result = probe_paths(model, reference=whole, candidate=stepping)
-    assert result.verdict in PASSED, result.reason
+    result = probe_paths(model, reference=whole, candidate=stepping, ladder="off")
     assert result.traces[0].events[0].measured["compared"] == len(IDS)
     assert {"embed", "x_in", "x_out", "logits"} <= set(result.traces[0].header.taps)
+    if name == "RecurrentGemma" and not agrees(model):  # so it is in transformers 5.23: told without us
+        assert result.verdict is Verdict.MISMATCH
+        return
+    assert result.verdict in PASSED, result.reason
+
+
+def agrees(model: Any) -> bool:
+    """Whether the step behind a prefill gives the logits of the whole text, measured by hand."""
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS[:10]]), use_cache=False).logits[0, -1]
+        for start, stop in ((0, 9), (9, 10)):
+            span = torch.arange(start, stop)[None]
+            found = model(torch.tensor([IDS[start:stop]]), use_cache=True, position_ids=span).logits[0, -1]
+    return bool((found - expected).norm() < 0.05 * expected.norm())
 
 
 def test_a_state_that_a_step_does_not_get_is_found_in_the_mixer() -> None:

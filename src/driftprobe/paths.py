@@ -8,22 +8,23 @@ of every run.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import date as calendar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from driftprobe.api import MAX_SEED, PAYLOADS, Result, analyze
+from driftprobe.api import LADDERS, MAX_SEED, PAYLOADS, Result, finish, rung_of
 from driftprobe.artifacts import Layout, check_place, staged, write_reports
 from driftprobe.capture import top_of
-from driftprobe.errors import UsageError
+from driftprobe.constants import constant_record, tensor_name
+from driftprobe.errors import EngineError, UsageError
 from driftprobe.fingerprint import Array, fingerprint
-from driftprobe.payload import FOLDER, write_payloads
+from driftprobe.payload import payload_file, write_payloads
 from driftprobe.plan import NOISE_ARMS
-from driftprobe.prune import prune_payloads
 from driftprobe.taps import CANDIDATE, PATHS, REFERENCE
-from driftprobe.trace import LEFT_OUT, OTHER_TOKEN, Event, Header, PlannedRead, Record, TraceWriter
+from driftprobe.trace import CONSTANTS, COST, LEFT_OUT, OTHER_TOKEN, Event, Header, PlannedRead, Record, TraceWriter
 from driftprobe.trace_checks import name_fault
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def probe_paths(
     locate: Callable[[dict[str, Any]], Any] | None = None,
     seed: int = 0,
     payload: str = "failing",
+    ladder: str = "auto",
     out: str | Path | None = None,
 ) -> Result:
     """Run a model in two ways that ought to be equal and return the verdict.
@@ -51,17 +53,18 @@ def probe_paths(
     `model` is any `torch.nn.Module` that is called with token ids and yields logits, or a function without arguments
     that makes one anew for each run, where a run leaves state behind in the module. `reference` and `candidate` are
     functions of the model that run it as they please; what they return is not looked at. The reference
-    runs six times, the candidate three.
+    runs six times and the candidate three, as often again where the ladder is climbed.
 
     Every forward call of the model inside them is listened to. Rows are paired by absolute position. A position that
     one path computes several times counts as its last call left it. `positions` is the largest number of them that is
     compared. `row` is the batch row that holds the sequence (or one for each side); None takes the row whose tokens
     agree. `locate` tells where a call's tokens stand (`{argument: value}` -> first position), where neither position
-    ids, nor a cache's length, nor the tokens do. `name` names the trace, `out` the artifacts folder to write.
+    ids, nor a cache's length, nor the tokens do. `ladder` says whether all is run again in float64: `auto` (where the
+    model is small enough), `on` or `off`. `name` names the trace, `out` the artifacts folder to write.
 
     Raises UsageError for input that cannot be used, EngineError where one of the paths fails.
     """
-    _check(name, positions, seed, payload)
+    _check(name, positions, seed, payload, ladder)
     from driftprobe.engines.hf.paths import PathEngine
 
     rows = row if isinstance(row, tuple) else (row, row)
@@ -72,16 +75,16 @@ def probe_paths(
     header = Header(run=name, prompt=name, mode=PATHS, seed=seed, payload=payload,
                     date=calendar.today().isoformat(), labels={} if out is None else {"output": str(out)})  # fmt: skip
     with staged(root) as stage:
+        rung = rung_of(engine, ladder)
         _capture(engine, header, positions, stage)
-        result = analyze(stage.root)
-        if payload == "failing":
-            _prune(result, stage)
-            result = analyze(stage.root)
+        if rung:
+            _climb(engine, replace(header, rung=rung), positions, stage)
+        result = finish(engine, stage, payload)
         write_reports(stage.root, result.reports())
     return Result(result.judgement, result.traces, root / "traces", temporary)
 
 
-def _check(name: str, positions: int, seed: int, payload: str) -> None:
+def _check(name: str, positions: int, seed: int, payload: str, ladder: str) -> None:
     fault = name_fault("name", name)
     if fault is not None:
         what, measured, allowed, mend = fault
@@ -95,13 +98,17 @@ def _check(name: str, positions: int, seed: int, payload: str) -> None:
     if payload not in PAYLOADS:
         raise UsageError("unknown payload choice", where="payload", measured=payload, allowed=", ".join(PAYLOADS),
                          next_step="choose one of them")  # fmt: skip
+    if ladder not in LADDERS:
+        raise UsageError("unknown ladder choice", where="ladder", measured=ladder, allowed=", ".join(LADDERS),
+                         next_step="choose one of them")  # fmt: skip
 
 
 def _capture(engine: PathEngine, header: Header, limit: int, stage: Layout) -> None:
     """Run every arm and write the trace, its payloads and a log into a staging folder."""
+    started = time.perf_counter()
     compared = engine.scout(limit)
     header = _complete(header, engine, compared)
-    stem = f"{header.prompt}_{header.mode}"
+    stem = f"{header.prompt}_{header.mode}" + (f"_{header.rung}" if header.rung else "")
     lines = [f"{header.engine.version} {header.engine.model} {header.engine.dtype} on {header.engine.device}"]
     with TraceWriter(stage.traces / f"{stem}.jsonl", header) as writer:
         hashes: dict[str, list[str]] = {}
@@ -115,15 +122,39 @@ def _capture(engine: PathEngine, header: Header, limit: int, stage: Layout) -> N
                 hashes.setdefault(arm, []).append(record.hash)
                 if whole is not None:
                     kept[whole] = item.array
-                    record = replace(record, payload=f"{FOLDER}/{stem}.{arm}.safetensors#{whole}")
+                    record = replace(record, payload=f"{payload_file(stem, arm)}#{whole}")
                 writer.record(record)
             if kept:
-                write_payloads(stage.traces / FOLDER / f"{stem}.{arm}.safetensors", kept)
+                write_payloads(stage.traces / payload_file(stem, arm), kept)
             lines.append(f"arm {arm}")
+        if header.payload != "none":
+            _write_constants(engine, header, stem, writer, stage)
         for event in _events(compared):
             writer.event(event)
+        if header.rung:
+            took = round(1000 * (time.perf_counter() - started))
+            writer.event(Event(event=COST, arm="", measured={"milliseconds": took}))
     stage.logs.mkdir(parents=True, exist_ok=True)
     (stage.logs / f"{stem}.log").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _climb(engine: PathEngine, header: Header, limit: int, stage: Layout) -> None:
+    """Run everything again at a rung of the ladder; where that fails the run itself stands, and a log says why."""
+    try:
+        with engine.at(header.rung):
+            _capture(engine, header, limit, stage)
+    except EngineError as error:
+        (stage.logs / f"ladder_{header.rung}.log").write_text(error.render() + "\n", encoding="utf-8")
+
+
+def _write_constants(engine: PathEngine, header: Header, stem: str, writer: TraceWriter, stage: Layout) -> None:
+    kept: dict[str, Array] = {}
+    for constant in engine.constants():
+        record = constant_record(constant, header, stem)
+        kept[tensor_name(record)] = constant.array
+        writer.record(record)
+    if kept:
+        write_payloads(stage.traces / payload_file(stem, CONSTANTS), kept)
 
 
 def _arms(engine: PathEngine, seed: int, compared: Compared) -> Iterator[tuple[str, int | None]]:
@@ -193,10 +224,3 @@ def _events(compared: Compared) -> Iterator[Event]:
         yield Event(event=OTHER_TOKEN, arm="D", measured={"position": compared.stray})
     for reason, taps in compared.left_out.items():
         yield Event(event=f"{LEFT_OUT}{reason}", arm="D", measured=taps)
-
-
-def _prune(result: Result, stage: Layout) -> None:
-    for mode in result.judgement.modes.values():
-        for judged in mode.prompts:
-            trace = next(t for t in result.traces if t.path == judged.file)
-            prune_payloads(trace, judged, stage.traces)

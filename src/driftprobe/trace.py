@@ -16,10 +16,10 @@ import msgspec
 
 from driftprobe.errors import OutputError, TraceError
 from driftprobe.fingerprint import SKETCH_SIZE
-from driftprobe.trace_checks import header_faults, json_object, record_faults
+from driftprobe.trace_checks import CONSTANT_ARM, header_faults, json_object, record_faults
 
 SCHEMA = "driftprobe/trace/1"
-CONSTANTS = "W"
+CONSTANTS = CONSTANT_ARM
 """The arm of records that hold constants of the model, not results: `q_proj.weight`, `rope.inv_freq` of a layer."""
 OTHER_TOKEN = "other_token"
 """Event of mode `paths`: from `measured.position` on the candidate went on with another token than the reference."""
@@ -138,6 +138,10 @@ class Record:
     def key(self) -> tuple[str, str, int, int | None, str, int | None]:
         """What makes a record unique in its file: arm, phase, step, layer, tensor, position."""
         return (self.arm, self.phase, self.step, self.layer, self.tensor, self.logical_tok_idx)
+
+
+COST = "cost"
+"""Event: what a rung of the precision ladder took, in `milliseconds`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

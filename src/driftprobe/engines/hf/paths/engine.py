@@ -10,12 +10,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from driftprobe.engines.hf.engine import Downcasts, HFEngine, to_array
+from driftprobe.engines.base import Constant
+from driftprobe.engines.hf.engine import HFEngine, _accumulates, _casts
+from driftprobe.engines.hf.host import to_array
+from driftprobe.engines.hf.lifting import RUNG, Narrowings, lifted
 from driftprobe.engines.hf.noise import rounding_noise
 from driftprobe.engines.hf.paths.axes import Layout, find_layout
 from driftprobe.engines.hf.paths.calls import Locate
@@ -23,13 +27,17 @@ from driftprobe.engines.hf.paths.listen import Key, Listener, Scouted
 from driftprobe.engines.hf.paths.names import Place, name_points
 from driftprobe.errors import EngineError, UsageError
 from driftprobe.fingerprint import UNIT_ROUNDOFF, Array
-from driftprobe.taps import place
+from driftprobe.taps import BY_NAME, place
 from driftprobe.trace import EngineFacts
 
 Path = Callable[[Any], Any]
 """`f(model)`: runs the model as it pleases; what it returns is not looked at."""
 Lift = Callable[[nn.Module], AbstractContextManager[Any]]
 """What a run stands under: nothing, or a lift of the model to a higher precision."""
+
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_WIDE_DEVICES = ("cpu", "cuda", "xpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +92,20 @@ class PathEngine:
         rows: tuple[int | None, int | None] = (None, None),
         locate: Locate | None = None,
         seed: int = 0,
-        lift: Lift | None = None,
     ) -> None:
         self._source, self._paths, self._rows = model, {"P": reference, "D": candidate}, rows
-        self._locate, self._seed, self._lift = locate, seed, lift
+        self._locate, self._seed = locate, seed
+        self._lift: Lift | None = None
         first = self._model()
-        self._naming = name_points(first, _dissected)
-        with self._standing(first):
-            self._dtype, self._device = _dtype(first), _device(first)
+        self._hf = _driven(first)
+        known = (None, {}) if self._hf is None else (self._hf.anatomy, self._hf.taps)
+        self._naming = name_points(first, *known)
+        self._dtype, self._device = _dtype(first), _device(first)
+        self.parameters = sum(parameter.numel() for parameter in first.parameters())
+        self.rungs = _rungs(first)
         self._label = f"object:{type(first).__name__}"
         self._attention = str(getattr(getattr(first, "config", None), "_attn_implementation", None) or "")
-        self._casts: dict[str, str] = {}
+        self._inner_cast: dict[str, str] = {}
         self.perturbs = next(first.parameters(), None) is not None
 
     @property
@@ -102,11 +113,39 @@ class PathEngine:
         """What is known of the model; see EngineFacts."""
         library = sys.modules.get("transformers")
         versions = [f"transformers {library.__version__}"] if library is not None else []
+        kind = SimpleNamespace(dtype=getattr(torch, self._dtype), device=torch.device(self._device))
         return EngineFacts(
             name="paths", version=", ".join([*versions, f"torch {torch.__version__}"]), model=self._label,
-            dtype=self._dtype, casts=self._casts, attention=self._attention, layers=self._naming.layers,
+            dtype=self._dtype, casts=self._casts, accumulate=_accumulates(kind),
+            attention=self._attention, layers=self._naming.layers,
             device=self._device,
         )  # fmt: skip
+
+    @property
+    def _casts(self) -> dict[str, str]:
+        kind = SimpleNamespace(dtype=getattr(torch, self._dtype), device=torch.device(self._device))
+        return {**_casts(kind), **self._inner_cast}
+
+    @contextmanager
+    def at(self, rung: str) -> Iterator[None]:
+        """Run at a rung of the precision ladder (`rungs` names them) while the context lasts; see lifting."""
+        before = self._dtype, self._inner_cast
+        self._lift, self._dtype, self._inner_cast = lifted, rung, {}
+        try:
+            yield
+        finally:
+            self._lift, (self._dtype, self._inner_cast) = None, before
+
+    def constants(self) -> Iterator[Constant]:
+        """Return the small constants of a transformers model; none of any other."""
+        if self._hf is not None:
+            with self._standing(self._hf.model):
+                yield from self._hf.constants(frozenset(range(self._naming.layers)))
+
+    def weights(self, layer: int | None, tensor: str) -> Iterator[Constant]:
+        """Return the matrices of the op behind a tap; see Engine.weights."""
+        if self._hf is not None and tensor in BY_NAME:
+            yield from self._hf.weights(layer, tensor)
 
     def scout(self, limit: int) -> Compared:
         """Run both paths once and return what they have in common, at most `limit` positions of it.
@@ -197,11 +236,11 @@ class PathEngine:
     def _scout(self, side: str, sequence: list[int | None] | None) -> Scouted:
         model = self._model()
         listener = Listener(model, self._naming, sequence=sequence, row=self._rows[side == "D"], locate=self._locate)
-        watching = Downcasts() if self._dtype == "float64" else None
+        watching = Narrowings() if self._dtype == "float64" else None
         with self._standing(model), listener.installed(), watching if watching is not None else nullcontext():
             self._call(side, model)
-        if watching is not None and watching.seen:
-            self._casts = {"inside ops": "float32"}
+        if watching is not None and watching.coarsest is not None:
+            self._inner_cast = {"inside ops": watching.coarsest}
         if not listener.scouted.calls:
             name = "reference" if side == "P" else "candidate"
             raise EngineError(
@@ -292,16 +331,22 @@ def _member_of(name: str, owner: str) -> bool:
     return name.startswith(f"{owner}.") and name[len(owner) + 1 :].isdigit()
 
 
-def _dissected(model: nn.Module) -> tuple[Any, dict[str, tuple[int, ...]]]:
-    """Return a transformers model's anatomy and its checked taps; (None, {}) for any other model."""
+def _driven(model: nn.Module) -> HFEngine | None:
+    """Return a transformers model's engine, whose anatomy and taps are checked; None for any other model."""
     library = sys.modules.get("transformers")
     if library is None or not isinstance(model, library.PreTrainedModel):
-        return None, {}
+        return None
     try:
-        engine = HFEngine(model)
+        return HFEngine(model)
     except Exception:  # an architecture that the engine cannot drive by itself: its modules keep their own names
-        return None, {}
-    return engine.anatomy, engine.taps
+        return None
+
+
+def _rungs(model: nn.Module) -> tuple[str, ...]:
+    """Return `float64` where all weights are plain floats and their device computes in it."""
+    weights = list(model.parameters())
+    wide = all(w.dtype in _FLOATS and w.device.type in _WIDE_DEVICES for w in weights)
+    return (RUNG,) if weights and wide else ()
 
 
 @contextmanager

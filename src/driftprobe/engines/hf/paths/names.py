@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +44,12 @@ class Naming:
         return layer, f"{name}.out" if name in BY_NAME else name
 
 
-def name_points(model: nn.Module, dissected: Callable[[nn.Module], Any] | None) -> Naming:
-    """Return the names for a model; `dissected` is asked for a transformers model's anatomy and its checked taps."""
+def name_points(model: nn.Module, anatomy: Any, taps: dict[str, tuple[int, ...]]) -> Naming:
+    """Return the names for a model; `anatomy` and its checked `taps` are those of a transformers model, else None."""
     names = {id(module): name for name, module in model.named_modules()}
     stack = _layer_stack(model)
     canonical: dict[Point, Place] = {("", "output"): (None, "logits")}
     heads: dict[str, int] = {}
-    anatomy, taps = dissected(model) if dissected is not None else (None, {})
     if anatomy is not None:
         found = {id(layer.module): layer for layer in anatomy.layers}
         owner = next((n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)
