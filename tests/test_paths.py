@@ -121,7 +121,7 @@ def test_a_fault_that_is_gone_from_the_last_row_is_found_where_it_began() -> Non
 
 
 def test_routed_and_reordered_rows_are_named_and_not_paired() -> None:
-    result = probe_paths(toy(Experts), reference=whole, candidate=chunked)
+    result = probe_paths(toy(Experts), reference=whole, candidate=chunked, ladder="off")
     tensors = {cell.tensor for cell in result.judgement.modes["paths"].cells}
     assert "mixer.router" in tensors and not any(t.startswith(("mixer.experts", "mixer.sorted")) for t in tensors)
     named = set.union(*left_out(result).values())
@@ -129,20 +129,42 @@ def test_routed_and_reordered_rows_are_named_and_not_paired() -> None:
 
 
 def test_channel_first_rows_are_paired_along_their_token_axis() -> None:
-    result = probe_paths(toy(Convolution), reference=whole, candidate=chunked)
+    result = probe_paths(toy(Convolution), reference=whole, candidate=chunked, ladder="off")
     found = [c for c in result.judgement.modes["paths"].cells if c.tensor == "mixer.conv1d"]
     assert len(found) == 3 * len(IDS)
     assert all(c.reference.shape == (1, 24) for c in found)
 
 
 def test_a_module_called_once_a_token_has_no_token_axis() -> None:
-    result = probe_paths(toy(Gru), reference=whole, candidate=chunked)
+    result = probe_paths(toy(Gru), reference=whole, candidate=chunked, ladder="off")
     assert any(name.startswith("layer 0 mixer.cell") for names in left_out(result).values() for name in names)
+
+
+class Skipping(Toy):
+    """Has a module that calls of one token skip."""
+
+    def __init__(self) -> None:
+        super().__init__(Recurrent, "tuple")
+        self.extra = torch.nn.Identity()
+
+    def forward(self, ids: Any, state: Any = None) -> Any:
+        logits, after = super().forward(ids, state)
+        return (logits if ids.shape[1] == 1 else self.extra(logits)), after
+
+
+def test_a_module_that_some_calls_skip_is_compared_where_both_run_it() -> None:
+    torch.manual_seed(0)
+    result = probe_paths(Skipping().eval(), reference=whole, candidate=chunked, ladder="off")
+    assert result.verdict in PASSED, result.reason
+    found = [c.reference.logical_tok_idx for c in result.judgement.modes["paths"].cells if c.tensor == "extra"]
+    assert found == list(range(9))
+    alone = next(e for e in result.traces[0].events if "at some positions" in e.event)
+    assert alone.measured == {"extra": 2}
 
 
 @pytest.mark.parametrize("returns", ["tensor", "tuple", "object"])
 def test_logits_come_back_in_any_form(returns: str) -> None:
-    result = probe_paths(toy(Recurrent, returns=returns), reference=whole, candidate=chunked)
+    result = probe_paths(toy(Recurrent, returns=returns), reference=whole, candidate=chunked, ladder="off")
     assert result.verdict in PASSED
     assert sum(c.tensor == "logits" for c in result.judgement.modes["paths"].cells) == len(IDS)
 
@@ -186,7 +208,7 @@ def test_a_factory_keeps_state_from_leaking_between_runs() -> None:
 
 
 def test_positions_are_bounded_and_keep_the_edges_of_calls() -> None:
-    result = probe_paths(toy(Recurrent), reference=whole, candidate=chunked, positions=5)
+    result = probe_paths(toy(Recurrent), reference=whole, candidate=chunked, positions=5, ladder="off")
     cells = result.judgement.modes["paths"].cells
     positions = {cell.candidate.logical_tok_idx for cell in cells}
     assert len(positions) == 5 and {0, len(IDS) - 1} <= positions

@@ -94,7 +94,7 @@ CLEAN = {
 ])  # fmt: skip
 def test_equal_paths_pass(architecture: str, dtype: str, case: str) -> None:
     reference, candidate = CLEAN[case]
-    result = probe_paths(build(architecture, dtype=dtype), reference=reference, candidate=candidate)
+    result = probe_paths(build(architecture, dtype=dtype), reference=reference, candidate=candidate, ladder="off")
     assert result.verdict in PASSED, result.reason
     assert result.traces[0].events[0].measured["common"] >= 13
     assert {"embed", "x_in", "attn_norm", "attn_out", "x_out", "logits"} <= set(result.traces[0].header.taps)
@@ -102,7 +102,7 @@ def test_equal_paths_pass(architecture: str, dtype: str, case: str) -> None:
 
 @pytest.mark.parametrize(("architecture", "tensor"), [("llama", "model.rotary_emb"), ("gpt2", "transformer.wpe")])
 def test_wrong_positions_in_a_padded_batch(architecture: str, tensor: str) -> None:
-    result = probe_paths(build(architecture), reference=whole, candidate=padded("left", positions=False))
+    result = probe_paths(build(architecture), reference=whole, candidate=padded("left", positions=False), ladder="off")
     failure = result.first_failure
     assert failure is not None, result.reason
     assert (failure.tensor, failure.position) == (tensor, 0)
@@ -111,7 +111,7 @@ def test_wrong_positions_in_a_padded_batch(architecture: str, tensor: str) -> No
 @pytest.mark.parametrize("turned", [False, True], ids=["candidate", "reference"])
 def test_a_cache_cropped_by_one_too_few(turned: bool) -> None:
     paths = [whole, second_prompt(7)][:: -1 if turned else 1]
-    result = probe_paths(build("gpt2"), reference=paths[0], candidate=paths[1])
+    result = probe_paths(build("gpt2"), reference=paths[0], candidate=paths[1], ladder="off")
     failure = result.first_failure
     if turned:  # the reference's own cache then says where its tokens stand, and nothing else was ever there
         assert result.verdict is not Verdict.NO_DRIFT and result.verdict is not Verdict.STRUCTURAL_DRIFT
@@ -153,7 +153,7 @@ def test_a_kernel_that_is_wrong_for_one_token(architecture: str, module: Any, ta
     except AttributeError:
         pytest.skip("named otherwise in this version")
     paths = [whole, hooked(module, lambda value: value * 1.001, 2)][:: -1 if turned else 1]
-    result = probe_paths(model, reference=paths[0], candidate=paths[1])
+    result = probe_paths(model, reference=paths[0], candidate=paths[1], ladder="off")
     failure = result.first_failure
     assert failure is not None, result.reason
     assert ((failure.layer, failure.tensor), failure.position) == (tap, 9)
@@ -232,7 +232,25 @@ def test_a_state_that_a_step_does_not_get_is_found_in_the_mixer() -> None:
             model(torch.tensor([IDS[start:stop]]), use_cache=True, cache_position=span,
                   position_ids=(span if start == 0 else span * 0)[None])  # fmt: skip
 
-    result = probe_paths(model, reference=whole, candidate=forgetting)
+    result = probe_paths(model, reference=whole, candidate=forgetting, ladder="off")
     failure = result.first_failure
     assert failure is not None, result.reason
     assert (failure.layer, failure.tensor, failure.position) == (0, "temporal_block.rg_lru", 9)
+
+
+def test_the_ladder_is_climbed_and_agrees() -> None:
+    result = probe_paths(build("llama", dtype="bfloat16"), reference=whole, candidate=chunked, positions=6)
+    ladder = result.judgement.ladders[0]
+    assert result.verdict in PASSED and ladder.rung == "float64"
+    assert ladder.judged.verdict in PASSED
+    drifts = [cell.drift.value for cell in ladder.judged.cells if cell.drift.value]
+    assert max(drifts) < 1e-12
+
+
+def test_the_ladder_tells_a_fault_under_the_floor_of_bfloat16() -> None:
+    """A thousandth of a projection is less than bfloat16 rounds; in float64 it stands alone."""
+    wrong = hooked(lambda m: m.model.layers[1].mlp.down_proj, lambda value: value * 1.0003, 2)
+    result = probe_paths(build("llama", dtype="bfloat16"), reference=whole, candidate=wrong)
+    failure = result.first_failure
+    assert failure is not None, result.reason
+    assert (failure.layer, failure.tensor, failure.position, failure.rung) == (1, "mlp.down_proj", 9, "float64")

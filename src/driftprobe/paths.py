@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from datetime import date as calendar
 from pathlib import Path
@@ -23,7 +24,7 @@ from driftprobe.errors import EngineError, UsageError
 from driftprobe.fingerprint import Array, fingerprint
 from driftprobe.payload import payload_file, write_payloads
 from driftprobe.plan import NOISE_ARMS
-from driftprobe.taps import CANDIDATE, PATHS, REFERENCE
+from driftprobe.taps import CANDIDATE, PATHS, REFERENCE, place
 from driftprobe.trace import CONSTANTS, COST, LEFT_OUT, OTHER_TOKEN, Event, Header, PlannedRead, Record, TraceWriter
 from driftprobe.trace_checks import name_fault
 
@@ -107,7 +108,9 @@ def _capture(engine: PathEngine, header: Header, limit: int, stage: Layout) -> N
     """Run every arm and write the trace, its payloads and a log into a staging folder."""
     started = time.perf_counter()
     compared = engine.scout(limit)
-    header = _complete(header, engine, compared)
+    both = {arm: list(engine.run(arm, compared)) for arm in ("P", "D")[: 2 if compared.common else 1]}
+    shared = set.intersection(*({_place(item) for item in rows} for rows in both.values()))
+    header = _complete(header, engine, compared, shared)
     stem = f"{header.prompt}_{header.mode}" + (f"_{header.rung}" if header.rung else "")
     lines = [f"{header.engine.version} {header.engine.model} {header.engine.dtype} on {header.engine.device}"]
     with TraceWriter(stage.traces / f"{stem}.jsonl", header) as writer:
@@ -116,26 +119,55 @@ def _capture(engine: PathEngine, header: Header, limit: int, stage: Layout) -> N
             if noise_seed is not None and hashes["P"] != hashes["P'"]:
                 lines.append(f"arm {arm} left out: the reference does not repeat itself, so noise is not all it shows")
                 continue
-            kept: dict[str, Array] = {}
-            for item in engine.run(arm, compared, noise_seed):
-                record, whole = _record(item, arm, header)
-                hashes.setdefault(arm, []).append(record.hash)
-                if whole is not None:
-                    kept[whole] = item.array
-                    record = replace(record, payload=f"{payload_file(stem, arm)}#{whole}")
-                writer.record(record)
-            if kept:
-                write_payloads(stage.traces / payload_file(stem, arm), kept)
+            rows = both.get(arm) or engine.run(arm, compared, noise_seed)
+            hashes[arm] = _write_arm(
+                (item for item in rows if _place(item) in shared), arm, writer, stage, stem, header
+            )
             lines.append(f"arm {arm}")
         if header.payload != "none":
             _write_constants(engine, header, stem, writer, stage)
-        for event in _events(compared):
+        for event in (*_events(compared), *_alone(both, shared)):
             writer.event(event)
         if header.rung:
             took = round(1000 * (time.perf_counter() - started))
             writer.event(Event(event=COST, arm="", measured={"milliseconds": took}))
     stage.logs.mkdir(parents=True, exist_ok=True)
     (stage.logs / f"{stem}.log").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+_Place = tuple[int | None, str, int]
+"""Layer, tensor, position."""
+
+
+def _place(item: Row) -> _Place:
+    return (item.layer, item.tensor, item.position)
+
+
+def _write_arm(
+    rows: Iterable[Row], arm: str, writer: TraceWriter, stage: Layout, stem: str, header: Header
+) -> list[str]:
+    """Write one arm's records and its payloads; returns the records' hashes."""
+    kept: dict[str, Array] = {}
+    hashes = []
+    for item in rows:
+        record, whole = _record(item, arm, header)
+        hashes.append(record.hash)
+        if whole is not None:
+            kept[whole] = item.array
+            record = replace(record, payload=f"{payload_file(stem, arm)}#{whole}")
+        writer.record(record)
+    if kept:
+        write_payloads(stage.traces / payload_file(stem, arm), kept)
+    return hashes
+
+
+def _alone(both: dict[str, list[Row]], shared: set[_Place]) -> Iterator[Event]:
+    """Yield how many rows of each tap one side alone computed, though the other computed that position too."""
+    for arm, rows in both.items():
+        alone = Counter(place(item.layer, item.tensor) for item in rows if _place(item) not in shared)
+        if alone:
+            side = REFERENCE if arm == "P" else CANDIDATE
+            yield Event(event=f"{LEFT_OUT}at some positions only in the {side}", arm=arm, measured=dict(alone))
 
 
 def _climb(engine: PathEngine, header: Header, limit: int, stage: Layout) -> None:
@@ -167,9 +199,10 @@ def _arms(engine: PathEngine, seed: int, compared: Compared) -> Iterator[tuple[s
         yield f"N{which}", (seed * 1000 + which) * 10_000
 
 
-def _complete(header: Header, engine: PathEngine, compared: Compared) -> Header:
+def _complete(header: Header, engine: PathEngine, compared: Compared, shared: set[_Place]) -> Header:
     taps: dict[str, list[int]] = {}
-    for layer, tensor in compared.taps.values():
+    seen = {(layer, tensor) for layer, tensor, _ in shared}
+    for layer, tensor in (known for known in compared.taps.values() if known in seen):
         taps.setdefault(tensor, []).extend([] if layer is None else [layer])
     tokens = tuple(0 if token is None else token for token in compared.sequence)
     return replace(
