@@ -10,6 +10,7 @@ from driftprobe.api import Result, analyze, probe
 from driftprobe.errors import DriftprobeError
 from driftprobe.judgement import Verdict
 from driftprobe.load import load_traces
+from driftprobe.paths import probe_paths
 from driftprobe.selftest import self_test
 from driftprobe.trace import read_trace as load_trace
 from driftprobe.version import __version__
@@ -23,5 +24,6 @@ __all__ = [
     "load_trace",
     "load_traces",
     "probe",
+    "probe_paths",
     "self_test",
 ]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date as calendar
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from driftprobe.artifacts import Layout, check_place, copy_run, keep_other_modes, staged, write_reports
 from driftprobe.boundaries import LONGEST, Boundaries
@@ -19,7 +19,7 @@ from driftprobe.capture import CaptureOptions, capture, choose_tokens, trace_nam
 from driftprobe.constants import add_constants
 from driftprobe.diagnose import diagnose
 from driftprobe.engines import open_engine
-from driftprobe.engines.base import Engine
+from driftprobe.engines.base import Constant, Engine
 from driftprobe.errors import EngineError, TraceError, UsageError
 from driftprobe.faults import Expected, find_fault
 from driftprobe.judgement import Failure, Impact, Judgement, Limits, Verdict
@@ -29,7 +29,7 @@ from driftprobe.plan import Mode, Plan, Prompt, at_rung, make_plan
 from driftprobe.prompts import LENGTHS, Source, boundary_prompts, builtin_prompt, make_prompts
 from driftprobe.prune import prune_payloads
 from driftprobe.report import render_all
-from driftprobe.trace import Trace
+from driftprobe.trace import EngineFacts, Trace
 from driftprobe.verdict import judge
 
 PAYLOADS = ("none", "failing", "all")
@@ -223,21 +223,50 @@ def run(
     with planted as expected, staged(root) as stage:
         _capture_all(plans, engine, stage, options, progress or (lambda _step: None))
         keep_other_modes(root, stage, [trace.header for trace in load_traces(stage.traces)])
-        result = analyze(stage.root)
-        if options.payload != "none" and _add_matrices(engine, result, stage):
-            result = analyze(stage.root)
-        if options.payload == "failing":
-            for mode in result.judgement.modes.values():
-                for judged in mode.prompts:
-                    for item in (judged, *([judged.ladder.judged] if judged.ladder else [])):
-                        trace = next(t for t in result.traces if t.path == item.file)
-                        prune_payloads(trace, item, stage.traces)
-            result = analyze(stage.root)
+        result = finish(engine, stage, options.payload)
         write_reports(stage.root, result.reports())
     return Result(result.judgement, result.traces, root / "traces", expected=expected)
 
 
-def _add_matrices(engine: Engine, result: Result, stage: Layout) -> bool:
+def finish(engine: Weighed, stage: Layout, payload: str) -> Result:
+    """Judge what was captured, add the matrices that a diagnosis asks for, and keep the payloads that are needed."""
+    result = analyze(stage.root)
+    if payload != "none" and _add_matrices(engine, result, stage):
+        result = analyze(stage.root)
+    if payload == "failing":
+        for mode in result.judgement.modes.values():
+            for judged in mode.prompts:
+                for item in (judged, *([judged.ladder.judged] if judged.ladder else [])):
+                    trace = next(t for t in result.traces if t.path == item.file)
+                    prune_payloads(trace, item, stage.traces)
+        result = analyze(stage.root)
+    return result
+
+
+class Weighed(Protocol):
+    """What a run of any kind is judged with; see Engine."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What is known of the model."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model's parameters hold."""
+        ...
+
+    @property
+    def rungs(self) -> tuple[str, ...]:
+        """The rungs of the precision ladder that can be climbed."""
+        ...
+
+    def weights(self, layer: int | None, tensor: str) -> Iterator[Constant]:
+        """Return the matrices of the op behind a tap."""
+        ...
+
+
+def _add_matrices(engine: Weighed, result: Result, stage: Layout) -> bool:
     """Add the matrices of each first failure's op to its trace; returns whether any trace has one."""
     failing = [
         (judged, judged.first_failure)
@@ -362,7 +391,7 @@ def _capture_all(plans: Sequence[Plan], engine: Engine, stage: Layout, options: 
         (stage.logs / f"ladder_{rung}.log").write_text(error.render() + "\n", encoding="utf-8")
 
 
-def rung_of(engine: Engine, ladder: str) -> str:
+def rung_of(engine: Weighed, ladder: str) -> str:
     """Return the rung at which an engine runs everything again, or an empty name for none.
 
     `auto` climbs where the model in float64 takes no more than LADDER_BYTES. Raises UsageError where `on` cannot be.

@@ -136,7 +136,7 @@ def _record(
         rows=row_hashes(item.array) if item.tensor in CACHE_TAPS else None,
         row_start=item.row_start,
         source=item.source,
-        top=_top(item.array) if item.tensor == "logits" else None,
+        top=top_of(item.array) if item.tensor == "logits" else None,
         payload=reference,
     )
 
@@ -145,7 +145,8 @@ def _keeps_payload(arm: str) -> bool:
     return arm[0] in PAYLOAD_ARMS and not arm.endswith("'")
 
 
-def _top(logits: Array) -> Top | None:
+def top_of(logits: Array) -> Top | None:
+    """Return the head of a logits row, or None where it is not finite throughout."""
     values = to_float64(logits).reshape(-1)
     if not np.isfinite(values).all():
         return None

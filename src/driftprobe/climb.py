@@ -26,7 +26,7 @@ from driftprobe.judgement import (
 )
 from driftprobe.local import LOCAL_LIMIT
 from driftprobe.matched import MIN_Z
-from driftprobe.taps import execution_order, place
+from driftprobe.taps import CANDIDATE, REFERENCE, execution_order, place
 from driftprobe.trace import EngineFacts
 
 MODERATE = 4 * LIMIT
@@ -98,7 +98,8 @@ def _slopes(base: Sequence[Cell], rung: Sequence[Cell], unit: float, base_unit: 
     below, above = _largest(base), _largest(rung)
     step = math.log(unit / base_unit)
     found = []
-    for where in sorted(below.keys() & above.keys(), key=lambda p: execution_order(*p)):
+    ranks = {(cell.layer, cell.tensor): cell.reference.order for cell in base}
+    for where in sorted(below.keys() & above.keys(), key=lambda p: execution_order(p[0], p[1], ranks[p])):
         d, r = below[where], above[where]
         told = step != 0.0 and all(0.0 < drift < math.inf for drift in (d, r))
         found.append(Slope(*where, d, r, math.log(r / d) / step if told else None))
@@ -145,7 +146,12 @@ def _precision(first: Failure, rung: Sequence[Cell], base_unit: float) -> Diagno
     coarser = [dtype for dtype, unit in UNIT_ROUNDOFF.items() if unit > base_unit and dtype != "tfloat32"]
     dtype = min(coarser, key=lambda name: abs(math.log(first.drift / (ROUNDING * UNIT_ROUNDOFF[name]))), default="")
     left = next(
-        (c.drift.value or 0.0 for c in rung if (c.step, c.layer, c.tensor) == (first.step, first.layer, first.tensor)),
+        (
+            c.drift.value or 0.0
+            for c in rung
+            if (c.step, c.layer, c.tensor) == (first.step, first.layer, first.tensor)
+            and (first.phase != CANDIDATE or c.candidate.logical_tok_idx == first.position)
+        ),
         0.0,
     )
     return Diagnosis("precision", {"dtype": dtype or "a kernel"}, first.layer, first.tensor, left,
@@ -155,8 +161,11 @@ def _precision(first: Failure, rung: Sequence[Cell], base_unit: float) -> Diagno
 def in_words(failure: Failure) -> str:
     """Return a failure in a sentence: what, where, measured, allowed."""
     rung = f", run again in {failure.rung}" if failure.rung else ""
-    where = f"{place(failure.layer, failure.tensor)}, prompt {failure.prompt}, step {failure.step}{rung}"
-    lead = f"{failure.phase} differs from prefill_last at {where}: drift {failure.drift:.2e}, "
+    reference, at = ("prefill_last", f"step {failure.step}")
+    if failure.phase == CANDIDATE:
+        reference, at = REFERENCE, f"position {failure.position}"
+    where = f"{place(failure.layer, failure.tensor)}, prompt {failure.prompt}, {at}{rung}"
+    lead = f"{failure.phase} differs from {reference} at {where}: drift {failure.drift:.2e}, "
     if failure.local is not None:
         return (
             f"{lead}under the floor of {failure.floor:.2e}, but the op's inputs are bit for bit equal and its own "

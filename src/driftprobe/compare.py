@@ -159,7 +159,11 @@ def _left_over(records: _ByPlace, taken: set[int]) -> tuple[Record, ...]:
 
 def _order(record: Record) -> tuple[int, ExecutionOrder, int]:
     position = record.logical_tok_idx
-    return (record.step, execution_order(record.layer, record.tensor), -1 if position is None else position)
+    return (
+        record.step,
+        execution_order(record.layer, record.tensor, record.order),
+        -1 if position is None else position,
+    )
 
 
 def _same_shape(left: Record, right: Record) -> bool:

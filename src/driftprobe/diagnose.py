@@ -24,7 +24,7 @@ from driftprobe.judgement import (
 )
 from driftprobe.row_causes import cause_of_rows, rows_in_words
 from driftprobe.scene import Scene
-from driftprobe.taps import BY_NAME, CACHE_TAPS, execution_order, place
+from driftprobe.taps import BY_NAME, CACHE_TAPS, CANDIDATE, execution_order, place
 from driftprobe.trace import Trace
 
 
@@ -171,9 +171,11 @@ def _notes(failure: Failure, item: TraceJudgement) -> list[str]:
             if other.of_control
             else f"{other.phase} differs too, first at {at}"
         )
-    first = (failure.step, execution_order(failure.layer, failure.tensor))
+    first = (failure.step, execution_order(failure.layer, failure.tensor, failure.order))
     untold = [
-        c for c in item.cells if c.status is Status.UNKNOWN and (c.step, execution_order(c.layer, c.tensor)) < first
+        c
+        for c in item.cells
+        if c.status is Status.UNKNOWN and (c.step, execution_order(c.layer, c.tensor, c.reference.order)) < first
     ]
     if untold:
         notes.append(
@@ -192,7 +194,14 @@ def _op_in_words(failure: Failure, cells: Sequence[Cell]) -> str:
     where = place(failure.layer, failure.tensor)
     if tap is None:
         return f"{where} is the first tap that differs"
-    inputs = [c for c in cells if c.step == failure.step and c.layer == failure.layer and c.tensor in tap.inputs]
+    inputs = [
+        c
+        for c in cells
+        if c.step == failure.step
+        and c.layer == failure.layer
+        and c.tensor in tap.inputs
+        and (failure.phase != CANDIDATE or c.reference.logical_tok_idx == failure.position)
+    ]
     agree = ", ".join(
         f"{c.tensor} (×{c.excess:.2g})" for c in inputs if c.status is Status.PASS and c.excess is not None
     )

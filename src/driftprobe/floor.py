@@ -70,14 +70,16 @@ class _Coarsest:
         return self.dtype + (f" ({self.origin})" if self.origin else "")
 
 
-def _coarsest_by_place(facts: EngineFacts, recorded: dict[Place, set[str]]) -> dict[Place, _Coarsest]:
+def _coarsest_by_place(
+    facts: EngineFacts, recorded: dict[Place, set[str]], ranks: dict[Place, int | None]
+) -> dict[Place, _Coarsest]:
     """Return the coarsest dtype on the path to each place: the model's, a cast's or a recorded tensor's before it.
 
     A cast whose name is a tap's comes in at that tap (`k_cache`); any other is everywhere (`matmul`).
     """
     everywhere = [dtype for name, dtype in facts.casts.items() if name not in BY_NAME]
     now, found = _coarser(None, (facts.dtype, *everywhere), ""), {}
-    for where in sorted(recorded, key=lambda p: execution_order(*p)):
+    for where in sorted(recorded, key=lambda p: execution_order(p[0], p[1], ranks.get(p))):
         now = _coarser(now, (facts.casts.get(where[1], ""),), f"cast at {place(*where)}")
         now = _coarser(now, sorted(recorded[where] & UNIT_ROUNDOFF.keys()), f"recorded at {place(*where)}")
         found[where] = now or _Coarsest(UNKNOWN_DTYPE, "assumed")
@@ -100,12 +102,14 @@ def measure_floors(
     it may have the very fault that is looked for. `innocent` tells which pairs those are; nor do arms known to be
     `guilty`.
     """
-    recorded = _recorded_dtypes((*pairs, *(pair for found in controls.values() for pair in found)))
+    everything = (*pairs, *(pair for found in controls.values() for pair in found))
+    recorded = _recorded_dtypes(everything)
+    ranks = {(pair.reference.layer, pair.reference.tensor): pair.reference.order for pair in everything}
     noise = {arm: found for arm, found in controls.items() if _NOISE.fullmatch(arm)}
     layers = max(header.engine.layers, *(1 + layer for layer, _ in recorded if layer is not None), 0)
     bounds = {
         where: _roundoff(where, dtype, layers, bool(noise))
-        for where, dtype in _coarsest_by_place(header.engine, recorded).items()
+        for where, dtype in _coarsest_by_place(header.engine, recorded, ranks).items()
     }
     bounds = _raise(bounds, noise)
     alone = Floors(bounds, bounds)

@@ -11,7 +11,7 @@ from driftprobe.fingerprint import UNIT_ROUNDOFF
 from driftprobe.floor import UNKNOWN_DTYPE, Controls, Floors, innocent
 from driftprobe.judgement import Cell, Determinism, Gate, Status
 from driftprobe.taps import BY_NAME, CACHE_TAPS, STATE_TAPS, execution_order, place
-from driftprobe.trace import Event, Record, Trace
+from driftprobe.trace import OTHER_TOKEN, Event, Record, Trace
 
 SHOWN = 3
 """How many culprits a gate names before it counts the rest."""
@@ -93,7 +93,11 @@ _IDENTITY = {"token_id": "token", "logical_tok_idx": "position", "pos_id": "posi
 
 
 def _same_token(evidence: Evidence) -> Gate:
-    """Compare what both sides of each pair say of their token; what one of them leaves out cannot disagree."""
+    """Compare what both sides of each pair say of their token; what one of them leaves out cannot disagree.
+
+    A candidate that goes on with a token of its own choice (mode `paths`) is no pass; where an earlier position fails,
+    that failure is why it chose so, and it counts.
+    """
     different, told = [], False
     for pair in evidence.pairs:
         for name, word in _IDENTITY.items():
@@ -101,6 +105,11 @@ def _same_token(evidence: Evidence) -> Gate:
             told = told or None not in (p, d)
             if None not in (p, d) and p != d:
                 different.append(f"{word} {p} and {d} at {_pair_name(pair)}")
+    different += [
+        f"the candidate goes on with another token at position {event.measured.get('position')}"
+        for event in evidence.trace.events
+        if event.event == OTHER_TOKEN and all(cell.status is not Status.FAIL for cell in evidence.cells)
+    ]
     agreed = "same token at the same position in all arms" if told else "the trace does not name its tokens"
     return Gate("same token", not different, _listed(different) or agreed)
 
@@ -202,8 +211,12 @@ def _not_finite(record: Record) -> bool:
 def _plausible(cells: Sequence[Cell]) -> Gate:
     """A large drift that nothing behind it shows was not on the path: the probe, not the engine."""
     odd: list[Cell] = []
-    for step in sorted({cell.step for cell in cells}):
-        row = sorted((cell for cell in cells if cell.step == step and not _both_not_finite(cell)), key=_order)
+    rows: dict[tuple[int, int], list[Cell]] = {}
+    for cell in cells:
+        if not _both_not_finite(cell):
+            rows.setdefault((cell.step, cell.reference.logical_tok_idx or 0), []).append(cell)
+    for here in rows.values():
+        row = sorted(here, key=_order)
         last = max((i for i, cell in enumerate(row) if not cell.drift.equal), default=-1)
         odd += [
             cell for i, cell in enumerate(row) if _large(cell) and _without_effect(cell, row, i == last < len(row) - 1)
@@ -236,7 +249,9 @@ def _without_effect(cell: Cell, row: Sequence[Cell], nothing_after: bool) -> boo
     if cell.tensor in CACHE_TAPS | STATE_TAPS or _reordered(cell, row) or _rounds_away(cell, row):
         return False
     readers = [other for other in row if _reads(other, cell)]
-    return nothing_after or (cell.tensor in _PASSED_ON and bool(readers) and all(r.drift.equal for r in readers))
+    return (nothing_after and cell.tensor in BY_NAME) or (
+        cell.tensor in _PASSED_ON and bool(readers) and all(r.drift.equal for r in readers)
+    )
 
 
 _PASSED_ON = frozenset(
@@ -284,7 +299,7 @@ def _reordered(cell: Cell, row: Sequence[Cell]) -> bool:
 
 
 def _order(cell: Cell) -> tuple[int, tuple[int, int, int, str]]:
-    return (cell.step, execution_order(cell.layer, cell.tensor))
+    return (cell.step, execution_order(cell.layer, cell.tensor, cell.reference.order))
 
 
 def _pair_name(pair: Pair) -> str:

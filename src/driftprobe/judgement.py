@@ -212,6 +212,10 @@ class Failure:
     match: Match | None = None
     """The matched filter that told the failure, where neither the floor nor the local test did."""
     diagnosis: Diagnosis | None = None
+    position: int | None = None
+    """Absolute position of the token, where the trace names it."""
+    order: int | None = None
+    """The tap's measured rank in order of execution; see `Record.order`."""
     rung: str = ""
     """The rung of the precision ladder at which it was seen; empty for the run itself."""
 
@@ -429,6 +433,7 @@ class Judgement:
 
     @property
     def first_failure(self) -> Failure | None:
-        """The first failure of the mode that looks deepest, or of the other."""
-        found = [self.modes[m].first_failure for m in ("kv_aligned", "as_designed") if m in self.modes]
+        """The first failure of the mode that looks deepest, or of the next one that has any."""
+        names = dict.fromkeys(("kv_aligned", "as_designed", *self.modes))
+        found = [self.modes[m].first_failure for m in names if m in self.modes]
         return next((failure for failure in found if failure is not None), None)

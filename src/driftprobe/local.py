@@ -133,23 +133,33 @@ def coarse(facts: EngineFacts) -> bool:
 
 def sources(place: Place, pairs: dict[Place, Pair]) -> tuple[Place, ...]:
     """Return the recorded taps that an op reads: its own inputs, or, where one was not recorded, that one's inputs."""
+    return tuple(_sources(place, pairs) or ())
+
+
+def _sources(place: Place, pairs: dict[Place, Pair]) -> dict[Place, None] | None:
     step, layer, tensor = place
     found: dict[Place, None] = {}
     for name in _inputs(tensor, layer, step, pairs):
-        found.update(dict.fromkeys(_recorded((step, layer, name), pairs)))
-    return tuple(found)
+        known = _recorded((step, layer, name), pairs)
+        if known is None:
+            return None
+        found.update(known)
+    return found
 
 
-def _recorded(place: Place, pairs: dict[Place, Pair]) -> tuple[Place, ...]:
+def _recorded(place: Place, pairs: dict[Place, Pair]) -> dict[Place, None] | None:
+    """Return what stands for an input; None where nothing does: cache rows come from other tokens than this one."""
     step, layer, tensor = place
     if place in pairs:
-        return (place,)
+        return {place: None}
+    if tensor in CACHE_TAPS:
+        return None
     if tensor == "embed":
-        return ((step, None, "embed"),) if (step, None, "embed") in pairs else ()
+        return {(step, None, "embed"): None} if (step, None, "embed") in pairs else {}
     if tensor == "x_out" and layer is None:
         last = max((at for _, at, name in pairs if name == "x_out" and at is not None), default=None)
-        return () if last is None else _recorded((step, last, "x_out"), pairs)
-    return sources(place, pairs)
+        return {} if last is None else _recorded((step, last, "x_out"), pairs)
+    return _sources(place, pairs)
 
 
 def _inputs(tensor: str, layer: int | None, step: int, pairs: dict[Place, Pair]) -> tuple[str, ...]:

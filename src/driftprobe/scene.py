@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from driftprobe.compare import PayloadSource
 from driftprobe.fingerprint import Float64, to_float64
 from driftprobe.judgement import Failure, TraceJudgement
+from driftprobe.taps import CANDIDATE
 from driftprobe.trace import CONSTANTS, Record, Trace
 
 _Place = tuple[str, int, int | None, str]
@@ -28,7 +29,7 @@ class Scene:
 
     def __post_init__(self) -> None:
         for record in self.trace.records:
-            if record.phase != "prefill_row":
+            if record.phase != "prefill_row" and self._here(record):
                 self._records.setdefault((record.arm, record.step, record.layer, record.tensor), record)
 
     @property
@@ -39,7 +40,12 @@ class Scene:
     @property
     def position(self) -> int:
         """Absolute position of the failing step's token."""
-        return self.trace.header.prompt_len + self.failure.step
+        known = self.failure.position
+        return self.trace.header.prompt_len + self.failure.step if known is None else known
+
+    def _here(self, record: Record) -> bool:
+        """Whether a record is of the failing position, where one step holds many (mode `paths`)."""
+        return self.failure.phase != CANDIDATE or record.logical_tok_idx in (None, self.failure.position)
 
     def record(self, arm: str, layer: int | None, tensor: str, step: int | None = None) -> Record | None:
         """Return an arm's record of a tap at a step (the failing one), or None."""

@@ -157,11 +157,20 @@ STATE_TAPS: frozenset[str] = frozenset({"conv_state", "ssm_state"})
 """Taps that hold what a call leaves behind for the next: there are none for a position before the call's last, so the
 longer prefills E have none."""
 
+PATHS = "paths"
+"""The mode in which two callables run one model as they please."""
+REFERENCE, CANDIDATE = "reference", "candidate"
+"""Its phases: two ways to run a model that their user claims to be equal."""
 ExecutionOrder = tuple[int, int, int, str]
 
 
-def execution_order(layer: int | None, tensor: str) -> ExecutionOrder:
-    """Return the sort key of a tap: scope, layer, op. Unknown names come last in their layer, by name."""
+def execution_order(layer: int | None, tensor: str, rank: int | None = None) -> ExecutionOrder:
+    """Return the sort key of a tap: scope, layer, op. Unknown names come last in their layer, by name.
+
+    `rank` is the place that a run has measured (`Record.order`); where it is known, names do not count.
+    """
+    if rank is not None:
+        return (0, rank, 0, tensor)
     tap = BY_NAME.get(tensor)
     if tap is None:
         return (Scope.LAYER.value if layer is not None else Scope.OUTPUT.value, layer or 0, len(TAPS), tensor)

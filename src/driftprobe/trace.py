@@ -21,6 +21,10 @@ from driftprobe.trace_checks import CONSTANT_ARM, header_faults, json_object, re
 SCHEMA = "driftprobe/trace/1"
 CONSTANTS = CONSTANT_ARM
 """The arm of records that hold constants of the model, not results: `q_proj.weight`, `rope.inv_freq` of a layer."""
+OTHER_TOKEN = "other_token"
+"""Event of mode `paths`: from `measured.position` on the candidate went on with another token than the reference."""
+LEFT_OUT = "not compared: "
+"""How the events of mode `paths` begin that count, by tap, in how many calls something fired that has no pair."""
 MAX_LINE = 64 * 1024 * 1024
 """Bytes of the longest line that is read: a K row hash for each of 2 million positions fits."""
 
@@ -127,6 +131,8 @@ class Record:
     source: str = "captured"
     """`captured`, or `recomputed` where a fused kernel hides the tensor and it was rebuilt from captured inputs."""
     top: Top | None = None
+    order: int | None = None
+    """The tap's rank in order of execution, from 0, where its name does not tell it (mode `paths`)."""
     payload: str | None = None
     """`FILE#NAME`: a safetensors file below the trace's folder, and the tensor's name in it."""
 

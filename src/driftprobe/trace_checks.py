@@ -143,7 +143,8 @@ def _shape_faults(record: Record, sketch_size: int | None) -> list[Fault]:
 
 
 _MOMENTS = ("abs_sum", "min", "max", "mean", "l2")
-_COUNTS = ("step", "layer", "logical_tok_idx", "nz_count", "abs_sum", "l2", "nan_count", "inf_count", "row_start")
+_COUNTS = ("step", "layer", "logical_tok_idx", "nz_count", "abs_sum", "l2", "nan_count", "inf_count", "row_start",
+           "order")  # fmt: skip
 """Fields that are never negative."""
 
 

@@ -37,10 +37,10 @@ from driftprobe.judgement import (
     Verdict,
 )
 from driftprobe.local import LOCAL_LIMIT, Bench, bench, own_rounding
-from driftprobe.matched import match_filters
+from driftprobe.matched import Match, match_filters
 from driftprobe.rows import check_rows, kv_indicators
 from driftprobe.scores import pass_shifts, without_shifts
-from driftprobe.taps import ExecutionOrder, execution_order, place
+from driftprobe.taps import CANDIDATE, ExecutionOrder, execution_order, place
 from driftprobe.ties import Settled, settle, without_flips
 from driftprobe.trace import CONSTANTS, COST, Record, Trace
 
@@ -98,9 +98,7 @@ def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
     forced = pair(trace, "P", "T", payloads).matched if any(r.arm == "T" for r in trace.records) else ()
     settled = settle(decode.matched, forced, floors.by_place, payloads)
     behind = settle(aligned.matched, (), floors.by_place, payloads)
-    cells, aligned_cells = (
-        pass_shifts(_cells(found.pairs, floors, bench(trace, found.pairs, payloads))) for found in (settled, behind)
-    )
+    cells, aligned_cells = (pass_shifts(_cells(found.pairs, floors, trace, payloads)) for found in (settled, behind))
     strangers = tuple(r for r in trace.records if r.arm not in (*_COMPARED, CONSTANTS) and not is_control(r.arm))
     evidence = Evidence(trace, decode, aligned, strangers, controls, floors, cells)
     gates = pass_gates(evidence)
@@ -164,18 +162,34 @@ def _is_held(arm: str) -> bool:
     return is_extension(arm) or is_turned(arm)
 
 
-def _cells(pairs: Sequence[Pair], floors: Floors, on: Bench) -> tuple[Cell, ...]:
-    matches = {(m.step, m.layer, m.tensor): m for m in match_filters(pairs, on)}
-    found = []
+def _cells(pairs: Sequence[Pair], floors: Floors, trace: Trace, payloads: PayloadSource) -> tuple[Cell, ...]:
+    """Return the cells of pairs, in their order; an op is tested with the inputs of its own position."""
+    found: dict[int, Cell] = {}
+    for here in _by_position(pairs):
+        on = bench(trace, here, payloads)
+        matches = {(m.step, m.layer, m.tensor): m for m in match_filters(here, on)}
+        found.update({id(item): _cell(item, floors, on, matches) for item in here})
+    return tuple(found[id(item)] for item in pairs)
+
+
+def _by_position(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
+    """Return pairs as they stand, or, in mode `paths`, where one step holds many positions, those of each."""
+    groups: dict[int | None, list[Pair]] = {}
     for item in pairs:
-        record = item.reference
-        floor, local = _floor_of(item, floors), own_rounding(item, on)
-        match = matches.get((record.step, record.layer, record.tensor))
-        beyond = match is not None or (local is not None and local.excess > LOCAL_LIMIT)
-        status = Status.FAIL if beyond else _status(item.drift, floor)
-        found.append(Cell(record.prompt, record.step, record.layer, record.tensor, item.drift, floor, status, record,
-                          item.candidate, local, match))  # fmt: skip
-    return tuple(found)
+        many = item.candidate.phase == CANDIDATE
+        groups.setdefault(item.reference.logical_tok_idx if many else None, []).append(item)
+    return list(groups.values())
+
+
+def _cell(item: Pair, floors: Floors, on: Bench, matches: dict[tuple[int, int | None, str], Match]) -> Cell:
+    record, floor, local = item.reference, _floor_of(item, floors), own_rounding(item, on)
+    match = matches.get((record.step, record.layer, record.tensor))
+    beyond = match is not None or (local is not None and local.excess > LOCAL_LIMIT)
+    status = Status.FAIL if beyond else _status(item.drift, floor)
+    return Cell(
+        record.prompt, record.step, record.layer, record.tensor, item.drift, floor, status, record, item.candidate,
+        local, match,
+    )  # fmt: skip
 
 
 def _floor_of(item: Pair, floors: Floors) -> Floor:
@@ -227,7 +241,7 @@ def _of_cell(cell: Cell) -> Failure:
 
 
 def _order(failure: Failure) -> tuple[int, ExecutionOrder, bool]:
-    return (failure.step, execution_order(failure.layer, failure.tensor), failure.of_control)
+    return (failure.step, execution_order(failure.layer, failure.tensor, failure.order), failure.of_control)
 
 
 def _failure(pair: Pair, floor: Floor, phase: str) -> Failure:
@@ -235,7 +249,7 @@ def _failure(pair: Pair, floor: Floor, phase: str) -> Failure:
     value = drift.at_least if drift.at_least is not None else math.nan
     return Failure(
         record.prompt, record.step, record.layer, record.tensor, value, floor.value, value / floor.value, phase,
-        arm=record.arm,
+        arm=record.arm, position=record.logical_tok_idx, order=record.order,
     )  # fmt: skip
 
 

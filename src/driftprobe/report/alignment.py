@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from driftprobe.judgement import Attention, Cell, Judgement, KvIndicators, ModeJudgement, Range, Status
 from driftprobe.report.evidence import ATTENTION_TAPS
-from driftprobe.report.facts import PROJECTIONS, drift_words, main_mode, run_command, shut_words, where
+from driftprobe.report.facts import PROJECTIONS, drift_words, main_mode, only_paths, run_command, shut_words, where
 from driftprobe.report.text import NOT_TOLD, blocks, code, listed, number, prose, table, times, truth
 from driftprobe.taps import CACHE_TAPS
 from driftprobe.trace import Trace
@@ -18,7 +18,9 @@ def alignment_section(judgement: Judgement, traces: Sequence[Trace]) -> str:
     mode = judgement.modes.get(name)
     if mode is None:
         return "## 2. KV Alignment Analysis (kv_aligned mode)\n\nNo mode was run."
-    if name == "kv_aligned":
+    if only_paths(judgement):
+        head, note = "## 2. KV Alignment Analysis (paths mode)", "No cache rows are put in or read in this mode."
+    elif name == "kv_aligned":
         head, note = "## 2. KV Alignment Analysis (kv_aligned mode)", ""
     else:
         head = f"## 2. KV Alignment Analysis ({prose(name)} mode)"

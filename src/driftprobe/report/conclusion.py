@@ -9,6 +9,7 @@ from driftprobe.floor import LIMIT
 from driftprobe.judgement import Cell, Failure, Impact, Judgement, Outcome, Status, Verdict
 from driftprobe.report import facts
 from driftprobe.report.ladder import rung_limits
+from driftprobe.report.paths import after_paths
 from driftprobe.report.text import blocks, bullets, code, count, number, printable, prose, table, times, truth
 from driftprobe.taps import BY_NAME, place
 from driftprobe.trace import Trace
@@ -44,21 +45,21 @@ def _sharper_limit(judgement: Judgement) -> str:
 
 def _headline(judgement: Judgement) -> str:
     cells = facts.every_cell(judgement)
+    both = " and ".join(facts.sides(judgement))
     if judgement.verdict is Verdict.NO_DRIFT:
-        return f"prefill and decode gave the same bits at all {len(cells)} compared taps."
+        return f"{both} gave the same bits at all {len(cells)} compared taps."
     if judgement.verdict is Verdict.NOT_AVAILABLE:
-        return f"it cannot be told whether prefill and decode agree: {prose(judgement.reason)}."
+        return f"it cannot be told whether {both} agree: {prose(judgement.reason)}."
     if judgement.verdict is Verdict.STRUCTURAL_DRIFT:
         return (
-            f"prefill and decode differ at {len(facts.differing(cells))} of {len(cells)} compared taps, and arithmetic "
+            f"{both} differ at {len(facts.differing(cells))} of {len(cells)} compared taps, and arithmetic "
             "explains all of it."
         )
     failure = judgement.first_failure
     assert failure is not None, "a MISMATCH has a first failure"
-    other = "decode"
     if failure.of_control:
-        other = f"control {prose(failure.arm)}" if "@" in failure.arm else "a longer prefill"
-    return f"prefill and {other} differ by more than arithmetic explains, first at {prose(facts.where(failure))}."
+        both = f"prefill and {f'control {prose(failure.arm)}' if '@' in failure.arm else 'a longer prefill'}"
+    return f"{both} differ by more than arithmetic explains, first at {prose(facts.where(failure))}."
 
 
 def _meaning(judgement: Judgement) -> list[str]:
@@ -151,7 +152,7 @@ def _kind_of_impact(impact: Impact | None, logits: Sequence[Cell], inner: Sequen
             if impact.flip == "tie flip"
             else "rounding cannot turn that margin"
         )
-        return f"Prefill and decode choose different tokens: a {impact.flip} (margin {number(impact.margin)}; {why})."
+        return f"The two sides choose different tokens: a {impact.flip} (margin {number(impact.margin)}; {why})."
     if different and all(cell.status is Status.PASS for cell in logits):
         return (
             f"Internal drift without logit impact: {len(different)} inner taps differ, the logits stay within their "
@@ -187,6 +188,8 @@ def _step(index: int, title: str, words: str, command: str) -> str:
 
 
 def _missing_modes(judgement: Judgement, traces: Sequence[Trace]) -> list[_Step]:
+    if facts.only_paths(judgement):
+        return []
     gain = {
         "as_designed": "It says what fails first in the engine as it is.",
         "kv_aligned": "Its arm A tells wrong cache contents from a wrong computation.",
@@ -207,6 +210,8 @@ def _same_prompts(traces: Sequence[Trace]) -> str:
 
 
 def _next_steps(judgement: Judgement, traces: Sequence[Trace]) -> list[_Step]:
+    if facts.only_paths(judgement):
+        return after_paths(judgement)
     again = facts.run_command("both", traces)
     steps: list[_Step] = []
     if judgement.verdict is Verdict.MISMATCH and judgement.first_failure is not None:

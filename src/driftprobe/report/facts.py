@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from driftprobe.floor import LIMIT
 from driftprobe.judgement import Cell, Failure, Judgement, ModeJudgement, Outcome, Status, TraceJudgement, Verdict
 from driftprobe.report.text import NOT_TOLD, count, number, printable, times
-from driftprobe.taps import execution_order, place
+from driftprobe.taps import CANDIDATE, PATHS, REFERENCE, execution_order, place
 from driftprobe.trace import Header, Trace
 
 MODES = ("as_designed", "kv_aligned")
@@ -34,11 +34,25 @@ class PromptFacts:
     text: str
     token_ids: tuple[int, ...]
     """The prompt's own tokens, then one for each decoded step; empty where the trace does not say."""
+    paths: bool = False
+    """Whether two callables were fed it, and nothing was decoded after it by us."""
 
 
 def mode_names(judgement: Judgement) -> tuple[str, ...]:
-    """Return the two modes of the design, then any other that a trace names."""
+    """Return the two modes of the design, then any other that a trace names; mode `paths` alone stands for itself."""
+    if only_paths(judgement):
+        return (PATHS,)
     return (*MODES, *(name for name in judgement.modes if name not in MODES))
+
+
+def only_paths(judgement: Judgement) -> bool:
+    """Whether this is a comparison of two callables and nothing else, in which the two modes have no part."""
+    return tuple(judgement.modes) == (PATHS,)
+
+
+def sides(judgement: Judgement) -> tuple[str, str]:
+    """Return what the two sides of a comparison are called."""
+    return (REFERENCE, CANDIDATE) if only_paths(judgement) else ("prefill", "decode")
 
 
 def main_mode(judgement: Judgement) -> str:
@@ -56,7 +70,7 @@ def status(judgement: Judgement) -> str:
     """Return INCOMPLETE where a trace has no end or nothing was run, PARTIAL where one mode was not, else COMPLETE."""
     if not judgement.modes or any(mode.status != "COMPLETE" for mode in judgement.modes.values()):
         return "INCOMPLETE"
-    return "COMPLETE" if all(name in judgement.modes for name in MODES) else "PARTIAL"
+    return "COMPLETE" if all(name in judgement.modes for name in mode_names(judgement)) else "PARTIAL"
 
 
 def date(traces: Sequence[Trace]) -> str:
@@ -95,14 +109,14 @@ def prompts(traces: Sequence[Trace]) -> tuple[PromptFacts, ...]:
     found: dict[tuple[str, int, str], PromptFacts] = {}
     for header in (trace.header for trace in traces):
         own = header.token_ids[: header.prompt_len + header.steps] if header.prompt_len else ()
-        known = PromptFacts(header.prompt, header.prompt_len, header.prompt_text, own)
+        known = PromptFacts(header.prompt, header.prompt_len, header.prompt_text, own, header.mode == PATHS)
         found.setdefault((known.name, known.length, known.text), known)
     return tuple(found.values())
 
 
 def sort_cells(cells: Iterable[Cell]) -> list[Cell]:
     """Return cells in the order in which the engine computed them."""
-    return sorted(cells, key=lambda cell: (cell.step, execution_order(cell.layer, cell.tensor)))
+    return sorted(cells, key=lambda cell: (cell.step, execution_order(cell.layer, cell.tensor, cell.reference.order)))
 
 
 def largest(cells: Iterable[Cell]) -> Cell | None:
@@ -112,8 +126,11 @@ def largest(cells: Iterable[Cell]) -> Cell | None:
 
 
 def where(item: Cell | Failure) -> str:
-    """Return a tap with its prompt and step, in words."""
-    return f"{place(item.layer, item.tensor)} of {item.prompt}, step {item.step}"
+    """Return a tap with its prompt and step (its position in mode `paths`), in words."""
+    phase = item.phase if isinstance(item, Failure) else item.candidate.phase
+    position = item.position if isinstance(item, Failure) else item.candidate.logical_tok_idx
+    at = f"position {position}" if phase == CANDIDATE else f"step {item.step}"
+    return f"{place(item.layer, item.tensor)} of {item.prompt}, {at}"
 
 
 def open_gates(item: TraceJudgement) -> bool:

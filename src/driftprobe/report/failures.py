@@ -8,7 +8,7 @@ from driftprobe.floor import LIMIT
 from driftprobe.judgement import Cell, Failure, Judgement, ModeJudgement, Verdict
 from driftprobe.report.facts import PROJECTIONS, differing, failing, largest, mode_names, run_command, where
 from driftprobe.report.text import NOT_TOLD, blocks, bullets, count, number, prose, times
-from driftprobe.taps import BY_NAME, CACHE_TAPS, place
+from driftprobe.taps import BY_NAME, CACHE_TAPS, CANDIDATE, REFERENCE, place
 from driftprobe.trace import Trace
 
 CITED = (*PROJECTIONS, "attn_scores", "attn_probs")
@@ -42,7 +42,8 @@ def _lines(mode: ModeJudgement) -> list[str]:
 def _failure_lines(failure: Failure, mode: ModeJudgement) -> list[str]:
     tap = BY_NAME.get(failure.tensor)
     return [
-        f"**First Failure**: {prose(where(failure))}, {prose(failure.phase)} against prefill_last",
+        f"**First Failure**: {prose(where(failure))}, {prose(failure.phase)} against "
+        f"{REFERENCE if failure.phase == CANDIDATE else 'prefill_last'}",
         f"**Root Cause**: {prose(failure.root_cause) or NOT_TOLD}",
         f"**Tensor**: {prose(place(failure.layer, failure.tensor))}" + (f" ({tap.op})" if tap else ""),
         f"**Drift**: {number(failure.drift)} (relative L2 distance)",

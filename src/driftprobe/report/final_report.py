@@ -17,6 +17,7 @@ from driftprobe.report.evidence import evidence_matrix
 from driftprobe.report.facts import FILES
 from driftprobe.report.failures import failures_section
 from driftprobe.report.ladder import ladder_section
+from driftprobe.report.paths import paths_section
 from driftprobe.report.snippets import MAX_WORDS, about, snippets
 from driftprobe.report.text import blocks, bullets, clip, code, count, prose, table
 from driftprobe.taps import place
@@ -53,6 +54,8 @@ def _head(judgement: Judgement, traces: Sequence[Trace]) -> str:
 
 def _mode_words(judgement: Judgement) -> str:
     mode = facts.main_mode(judgement)
+    if facts.only_paths(judgement):
+        return "paths (two ways to run one model, compared at every position that both computed)"
     missing = [name for name in facts.MODES if name not in judgement.modes]
     if not mode:
         return "none was run"
@@ -106,7 +109,10 @@ def _summary(judgement: Judgement, traces: Sequence[Trace]) -> str:
     return blocks([
         "## 1. Execution Summary",
         table(("Mode", "Status", "First Failure", "Pass/Fail Count", "Verdict"), rows),
-        "One count is one tap of one step: decode's tensor against prefill's.",
+        "One count is one tap of one position: the candidate's tensor against the reference's."
+        if facts.only_paths(judgement)
+        else "One count is one tap of one step: decode's tensor against prefill's.",
+        paths_section(traces),
         "### Prompts Executed",
         bullets(_prompt_words(known) for known in facts.prompts(traces)) or "None.",
         "### Output Paths",
@@ -118,6 +124,8 @@ def _summary(judgement: Judgement, traces: Sequence[Trace]) -> str:
 def _prompt_words(known: facts.PromptFacts) -> str:
     if not known.length:
         return f"{code(known.name)}: token count and text are not recorded in the traces"
+    if known.paths:
+        return f"{code(known.name)}: {count(known.length, 'token')}, token ids {_ids(known.token_ids)}"
     decoded = known.token_ids[known.length :]
     text = (
         f"“{prose(clip(known.text, SHOWN_TEXT))}”"
@@ -185,6 +193,8 @@ def _criteria(judgement: Judgement) -> str:
 
 
 def _readings(judgement: Judgement, traces: Sequence[Trace]) -> str:
+    if facts.only_paths(judgement):
+        return "Not read in mode paths: both sides use the model as they please, and no cache rows are put in."
     if "kv_aligned" not in judgement.modes:
         command = facts.run_command("kv_aligned", traces)
         return (
