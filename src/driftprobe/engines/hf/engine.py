@@ -45,6 +45,8 @@ class HFEngine:
         self.anatomy = dissect(model)
         self._label = label or f"object:{type(model).__name__}"
         self._kept: dict[int, dict[int, Rows]] = {}
+        self.declared: dict[str, str] = {}
+        """Casts that the engine's maker declares beside those that are found out: `{"k_cache": "float16"}`."""
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._returns_dict = "return_dict" in parameters
@@ -180,8 +182,8 @@ class HFEngine:
         for layer, source in kept.items():
             for stored, wanted in zip(stored_rows(cache, layer), (source.keys_GSD, source.values_GSD), strict=True):
                 aligned = wanted[:, : call.start][:, -stored.shape[2] :]
-                stored[0].copy_(aligned)
-                back = stored_rows(cache, layer)[0 if wanted is source.keys_GSD else 1][0]
+                stored[0, :, : aligned.shape[1]].copy_(aligned)  # a cache of fixed size has room behind them
+                back = stored_rows(cache, layer)[0 if wanted is source.keys_GSD else 1][0][:, : aligned.shape[1]]
                 different += int(_differing(back, aligned).any(dim=-1).any(dim=0).sum())
                 rows += aligned.shape[1]
         return Event(
@@ -206,8 +208,12 @@ class HFEngine:
     def _some_tokens(self, count: int) -> list[int]:
         return [1 + i if 1 + i < self._vocabulary else 0 for i in range(count)]
 
+    def make_cache(self) -> Any:
+        """Return an empty cache object; another kind of cache is put in by putting another function here."""
+        return new_cache(self.model)
+
     def _cache(self) -> Any:
-        return TupleCache() if self._makes_tuples else new_cache(self.model)
+        return TupleCache() if self._makes_tuples else self.make_cache()
 
     def _hands_back_tuples(self) -> bool:
         """Whether the model leaves a Cache object empty, or fails on it: it is of the time before those."""
@@ -226,7 +232,7 @@ class HFEngine:
 
     @property
     def _casts(self) -> dict[str, str]:
-        return {**_casts(self.model), **self._inner_cast}
+        return {**_casts(self.model), **self._inner_cast, **self.declared}
 
     def _casts_inside(self) -> dict[str, str]:
         """Return the float32 casts inside a float64 model; norms, RoPE and softmax have them."""
@@ -239,7 +245,8 @@ class HFEngine:
     def _noise(self, arm: Arm) -> AbstractContextManager[None]:
         if arm.noise_seed is None:
             return nullcontext()
-        return rounding_noise(self.model, arm.noise_seed, self._casts)
+        everywhere = {name: dtype for name, dtype in self._casts.items() if name not in BY_NAME}
+        return rounding_noise(self.model, arm.noise_seed, everywhere)  # a cache's cast is in no sum of products
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
