@@ -44,15 +44,25 @@ def cannot_vary(name: str, measured: str, allowed: str) -> UsageError:
 
 # --- attention ---------------------------------------------------------------------------------------------------
 
+_SPECIAL = ("attn_logit_softcapping", "sinks")
 
-def _attention(name: str, kernel: kernels.Kernel, casts: dict[str, str] | None = None) -> Keeper:
-    """Return a variation that computes one-token calls on filled caches with another kernel."""
+
+def _attention(
+    name: str, kernel: kernels.Kernel, casts: dict[str, str] | None = None, *, plain: bool = False
+) -> Keeper:
+    """Return a variation that computes one-token calls on filled caches with another kernel.
+
+    A `plain` kernel knows no soft-cap of the scores and no sinks.
+    """
 
     @contextmanager
     def keep(engine: Any) -> Iterator[None]:
         functions = list(attention_functions(engine))
         if not functions:
             raise cannot_vary(name, "attention that is computed inside its module", "a model that calls a function")
+        special = [n for layer in engine.anatomy.layers for n in _SPECIAL if getattr(layer.attention, n, None) is not None]
+        if plain and special:
+            raise cannot_vary(name, f"attention with {special[0]}", "attention without soft-cap and sinks")
         with ExitStack() as stack:
             for mapping, key in functions:
                 stack.enter_context(_set(mapping, key, _in_decode(mapping[key], kernel)))
@@ -314,7 +324,7 @@ def _router_tie(engine: Any) -> Iterator[None]:
     weights = [layer.router.weight for layer in engine.anatomy.layers if hasattr(layer.router, "weight")]
     if not weights:
         raise cannot_vary("router_tie", "no router", "a mixture of experts")
-    with ExitStack() as stack, torch.no_grad():
+    with torch.no_grad(), ExitStack() as stack:
         for weight in weights:
             stack.callback(weight.copy_, weight.clone())
             step = torch.finfo(weight.dtype).eps
@@ -330,7 +340,7 @@ def _argmax_tie(engine: Any) -> Iterator[None]:
     head = engine.model.get_output_embeddings()
     if head is None:
         raise cannot_vary("argmax_tie", "no output embedding", "a model with one")
-    with ExitStack() as stack, torch.no_grad():
+    with torch.no_grad(), ExitStack() as stack:
         weight = head.weight
         if weight is engine.model.get_input_embeddings().weight:
             head.weight = nn.Parameter(weight.clone())
@@ -344,9 +354,9 @@ def _argmax_tie(engine: Any) -> Iterator[None]:
 
 
 _VARIATIONS = (
-    Benign("sdpa_math", "decode attends with torch's math backend", _attention("sdpa_math", kernels.fused("MATH"))),
+    Benign("sdpa_math", "decode attends with torch's math backend", _attention("sdpa_math", kernels.fused("MATH"), plain=True)),
     Benign("sdpa_flash", "decode attends with torch's flash backend",
-           _attention("sdpa_flash", kernels.fused("FLASH_ATTENTION"))),
+           _attention("sdpa_flash", kernels.fused("FLASH_ATTENTION"), plain=True)),
     Benign("split_keys_2", "decode splits the keys in 2 and merges by log-sum-exp",
            _attention("split_keys_2", kernels.split(2))),
     Benign("split_keys_4", "decode splits the keys in 4 and merges by log-sum-exp",

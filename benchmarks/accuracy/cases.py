@@ -16,6 +16,7 @@ from driftprobe.faults import FAULTS
 
 FAULT, BENIGN, CLEAN = "fault", "benign", "clean"
 LENGTHS = (5, 11, 12, 13, 15, 16, 17, 31, 33, 48, 63, 64, 65)
+QUICK = {FAULT: 75, BENIGN: 50, CLEAN: 25}
 STEPS = (1, 1, 1, 2, 4)
 SHORT_FOR_STEPS = 24
 """Runs of more than one step keep to prompts of at most this many tokens: a prefill for each step and control."""
@@ -61,9 +62,11 @@ def full() -> list[Case]:
     return sorted(set(_all(repeats=2)), key=lambda case: (case.model, case.id))
 
 
-def quick(count: int = 150) -> list[Case]:
-    """Return a fixed choice of the full set, of every kind, for the test suite."""
-    return sorted(sorted(full(), key=lambda case: _digest(case.id))[:count], key=lambda case: (case.model, case.id))
+def quick() -> list[Case]:
+    """Return a fixed choice of the full set, so many of each kind as QUICK says, for the test suite."""
+    drawn = sorted((case for case in full() if case.steps <= 2), key=lambda case: _digest(case.id))
+    chosen = [case for kind, count in QUICK.items() for case in [c for c in drawn if c.kind == kind][:count]]
+    return sorted(chosen, key=lambda case: (case.model, case.id))
 
 
 def find(case_id: str) -> Case:

@@ -21,6 +21,7 @@ from driftprobe.engines.hf.attention import (
     attention_calls,
     columns,
     scores_of,
+    shifted,
     sliding_window,
 )
 from driftprobe.engines.hf.fused import split
@@ -305,3 +306,5 @@ class Spy:
         heard.taps[(layer, "attn_scores")], heard.taps[(layer, "attn_probs")] = list(scores), list(probs)
         if call.seen is None:
             heard.recomputed |= {(layer, "attn_scores"), (layer, "attn_probs")}
+        elif shifted(call):
+            heard.recomputed.add((layer, "attn_scores"))
