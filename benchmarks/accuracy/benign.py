@@ -277,6 +277,25 @@ def _transposed(module: Any, hidden: Tensor) -> Tensor:
     return product if module.bias is None else product + module.bias
 
 
+def _batched(module: Any, hidden: Tensor) -> Tensor:
+    """The product of a batch of two; the other row is another token's."""
+    return nn.functional.linear(torch.cat([hidden, hidden.roll(1, -1)]), module.weight, module.bias)[: len(hidden)]
+
+
+def _batch(name: str, *, left: bool) -> Keeper:
+    """Return a decode step whose products are those of a batch of two, padded on one side: the row that we read."""
+
+    @contextmanager
+    def keep(engine: Any) -> Iterator[None]:
+        modules = [m for m in engine.model.modules() if type(m) is nn.Linear and m.weight.dim() == 2]
+        with ExitStack() as stack:
+            stack.enter_context(_attention(name, kernels.padded(5, left=left))(engine))
+            stack.enter_context(_in_decode_calls([(module, partial(_batched, module)) for module in modules]))
+            yield
+
+    return keep
+
+
 # --- calls -------------------------------------------------------------------------------------------------------
 
 
@@ -387,6 +406,10 @@ _VARIATIONS = (
     Benign("fused_qkv", "decode computes q, k and v in one product", _fused_qkv),
     Benign("split_qkv", "decode computes a fused projection in three", _split_qkv),
     Benign("transposed_weights", "decode multiplies with weights laid out the other way", _transposed_weights),
+    Benign("batch_left_padded", "decode's products are a batch's of two, the keys padded on the left",
+           _batch("batch_left_padded", left=True)),
+    Benign("batch_right_padded", "decode's products are a batch's of two, the keys padded on the right",
+           _batch("batch_right_padded", left=False)),
     Benign("router_tie", "three experts nearly tie, and rounding flips them", _router_tie),
     Benign("argmax_tie", "tokens nearly tie, and rounding flips the top one", _argmax_tie),
 )  # fmt: skip

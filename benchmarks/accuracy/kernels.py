@@ -136,6 +136,23 @@ def fused(backend: str) -> Kernel:
     return kernel
 
 
+def padded(pads: int, *, left: bool) -> Kernel:
+    """Return a kernel of a batch of two whose keys are padded on one side, the pads masked; ours is the first row."""
+
+    def kernel(given: Inputs) -> Tensor:
+        where = (pads, 0) if left else (0, pads)
+        rows = given.key_BHSD.shape[2]
+        mask = torch.nn.functional.pad(torch.zeros(1, 1, 1, rows, dtype=given.query_BHTD.dtype), where, value=-torch.inf)
+        bias = mask if given.bias_BHTS is None else mask + torch.nn.functional.pad(given.bias_BHTS, where)
+        key, value = (torch.nn.functional.pad(t, (0, 0, *where)) for t in (given.key_BHSD, given.value_BHSD))
+        both = Inputs(torch.cat([given.query_BHTD, given.query_BHTD.flip(-1)]), torch.cat([key, key]),
+                      torch.cat([value, value]), bias, given.scale, given.softcap, given.sinks_H)  # fmt: skip
+        dtype = given.query_BHTD.dtype
+        return _plain(both, dtype, torch.promote_types(dtype, torch.float32))[:1]
+
+    return kernel
+
+
 def prepare(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float,
     softcap: float | None, sinks: Tensor | None,
