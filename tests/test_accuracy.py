@@ -12,22 +12,24 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("scipy")
 
-import ml_dtypes  # noqa: E402
+import ml_dtypes
 
-from benchmarks.accuracy import cases, models, report, run, score, store  # noqa: E402
-from benchmarks.accuracy.benign import BENIGN  # noqa: E402
-from benchmarks.accuracy.cases import Case  # noqa: E402
-from benchmarks.accuracy.measure import measure  # noqa: E402
-from benchmarks.accuracy.outcome import OK, Answer, Outcome, RuleAnswer, Wanted  # noqa: E402
-from benchmarks.accuracy.rules import RULES, Tapped, ask  # noqa: E402
-from benchmarks.accuracy.score import BLACK_BOX, LADDER, Scored  # noqa: E402
+from benchmarks.accuracy import cases, models, report, run, score, store
+from benchmarks.accuracy.benign import BENIGN
+from benchmarks.accuracy.cases import Case
+from benchmarks.accuracy.measure import measure
+from benchmarks.accuracy.outcome import OK, Answer, Outcome, RuleAnswer, Wanted
+from benchmarks.accuracy.rules import RULES, Tapped, ask
+from benchmarks.accuracy.score import BLACK_BOX, LADDER, Scored
 
 BY_NAME = {rule.name: rule for rule in RULES}
 CASE = Case("fault", "attn_scale", "llama", "float32", "eager", 17, 1, 0, 1.01)
 
 
 def pair(reference: object, candidate: object, wide: object = None, tensor: str = "logits") -> Tapped:
-    return Tapped(None, tensor, np.asarray(reference), np.asarray(candidate), None if wide is None else np.asarray(wide))
+    return Tapped(
+        None, tensor, np.asarray(reference), np.asarray(candidate), None if wide is None else np.asarray(wide)
+    )
 
 
 def says(rule: str, tap: Tapped) -> bool | None:
@@ -215,7 +217,9 @@ def test_the_quick_choice_s_visible_faults_are_detected(measured: list[Scored]) 
 
 
 def test_the_clean_model_is_the_measure_of_a_fault() -> None:
-    strong, weak = (measure(Case("fault", "norm_epsilon", "llama", "float32", "eager", 17, 1, 0, s)) for s in (1e-1, 1e-3))
+    strong, weak = (
+        measure(Case("fault", "norm_epsilon", "llama", "float32", "eager", 17, 1, 0, s)) for s in (1e-1, 1e-3)
+    )
     assert strong.floors is not None
     assert weak.floors is not None
     assert strong.floors > 30 * weak.floors > 30

@@ -60,7 +60,9 @@ def _attention(
         functions = list(attention_functions(engine))
         if not functions:
             raise cannot_vary(name, "attention that is computed inside its module", "a model that calls a function")
-        special = [n for layer in engine.anatomy.layers for n in _SPECIAL if getattr(layer.attention, n, None) is not None]
+        special = [
+            n for layer in engine.anatomy.layers for n in _SPECIAL if getattr(layer.attention, n, None) is not None
+        ]
         if plain and special:
             raise cannot_vary(name, f"attention with {special[0]}", "attention without soft-cap and sinks")
         with ExitStack() as stack:

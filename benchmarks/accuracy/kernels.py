@@ -142,7 +142,9 @@ def padded(pads: int, *, left: bool) -> Kernel:
     def kernel(given: Inputs) -> Tensor:
         where = (pads, 0) if left else (0, pads)
         rows = given.key_BHSD.shape[2]
-        mask = torch.nn.functional.pad(torch.zeros(1, 1, 1, rows, dtype=given.query_BHTD.dtype), where, value=-torch.inf)
+        mask = torch.nn.functional.pad(
+            torch.zeros(1, 1, 1, rows, dtype=given.query_BHTD.dtype), where, value=-torch.inf
+        )
         bias = mask if given.bias_BHTS is None else mask + torch.nn.functional.pad(given.bias_BHTS, where)
         key, value = (torch.nn.functional.pad(t, (0, 0, *where)) for t in (given.key_BHSD, given.value_BHSD))
         both = Inputs(torch.cat([given.query_BHTD, given.query_BHTD.flip(-1)]), torch.cat([key, key]),

@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.accuracy import models, truth
 from benchmarks.accuracy.benign import BENIGN
-from benchmarks.accuracy.cases import FAULT, Case
 from benchmarks.accuracy.cases import BENIGN as BENIGN_KIND
+from benchmarks.accuracy.cases import FAULT, Case
 from benchmarks.accuracy.outcome import CANNOT_ACT, ERROR, OK, Answer, Outcome, RuleAnswer, Wanted
 from benchmarks.accuracy.rules import RULES, Tapped, ask
 from driftprobe.capture import CaptureOptions, capture

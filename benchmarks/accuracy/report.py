@@ -50,7 +50,8 @@ def markdown(scored: Sequence[Scored], versions: str, missing: int) -> str:
 def _counts(scored: Sequence[Scored]) -> list[str]:
     states = Counter((item.case.kind, item.outcome.status) for item in scored)
     rows = [
-        [kind, *(f"{states[(kind, status)]:,}" for status in (OK, CANNOT_ACT, ERROR))] for kind in (FAULT, BENIGN, CLEAN)
+        [kind, *(f"{states[(kind, status)]:,}" for status in (OK, CANNOT_ACT, ERROR))]
+        for kind in (FAULT, BENIGN, CLEAN)
     ]
     seconds = sum(item.outcome.seconds for item in scored)
     return [

@@ -73,7 +73,11 @@ class Scored:
     def strength(self) -> str:
         """The bin of the fault's strength, in floors at the tap where it must show first."""
         floors = self.outcome.floors
-        return "unknown" if floors is None else next(name for name, low, high in BINS if low <= floors < high or high == float("inf"))
+        return (
+            "unknown"
+            if floors is None
+            else next(name for name, low, high in BINS if low <= floors < high or high == float("inf"))
+        )
 
     def answer(self, rule: str) -> Answer | None:
         """Return what driftprobe said, with the ladder or without; the other rules in the same form."""
