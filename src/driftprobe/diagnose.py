@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +10,17 @@ from dataclasses import replace
 from driftprobe.causes import CAUSES
 from driftprobe.compare import NoPayloads, PayloadSource
 from driftprobe.explain import explain
-from driftprobe.judgement import Cell, Failure, Judgement, ModeJudgement, Reading, RowCheck, Status, TraceJudgement
+from driftprobe.judgement import (
+    Cell,
+    Diagnosis,
+    Failure,
+    Judgement,
+    ModeJudgement,
+    Reading,
+    RowCheck,
+    Status,
+    TraceJudgement,
+)
 from driftprobe.scene import Scene
 from driftprobe.taps import BY_NAME, CACHE_TAPS, execution_order, place
 from driftprobe.trace import Trace
@@ -45,8 +56,18 @@ def _diagnose_trace(item: TraceJudgement, trace: Trace | None, payloads: Payload
     if first is None:
         return item
     if trace is not None:
-        first = replace(first, diagnosis=explain(Scene(trace, item, first, payloads)))
+        first = replace(first, diagnosis=explain(Scene(trace, item, first, payloads)) or _matched(first))
     return replace(item, failures=(replace(first, root_cause=root_cause(first, item)), *item.failures[1:]))
+
+
+def _matched(failure: Failure) -> Diagnosis | None:
+    """Return the cause that a matched filter named, where nothing else does."""
+    match = failure.match
+    if match is None:
+        return None
+    left = math.sqrt(max(failure.drift**2 - match.share**2, 0.0))
+    explained = min(1.0, (match.share / failure.drift) ** 2) if failure.drift else 0.0
+    return Diagnosis(match.cause, match.parameters, match.layer, match.tensor, left, explained, z=match.z)
 
 
 def root_cause(failure: Failure, item: TraceJudgement) -> str:

@@ -8,6 +8,8 @@ from enum import Enum
 from driftprobe.causes import Parameters
 from driftprobe.compare import Drift
 from driftprobe.floor import Floor
+from driftprobe.local import Local
+from driftprobe.matched import Match
 from driftprobe.trace import EngineFacts, Record
 
 
@@ -79,6 +81,15 @@ class Cell:
     status: Status
     reference: Record
     candidate: Record
+    local: Local | None = None
+    """What the op's own rounding allows, where its inputs are bit for bit equal and the local test could be made."""
+    match: Match | None = None
+    """The matched filter that found this tap, if one did."""
+
+    @property
+    def beyond_floor(self) -> bool:
+        """Whether the drift itself is known to pass the limit."""
+        return self.drift.at_least is not None and self.drift.at_least > self.floor.limit
 
     @property
     def excess(self) -> float | None:
@@ -194,6 +205,10 @@ class Failure:
     root_cause: str = ""
     arm: str = "D"
     """The candidate's arm: D, or the control that is no innocent."""
+    local: float | None = None
+    """Excess over the op's own rounding, where that told the failure and the floor did not."""
+    match: Match | None = None
+    """The matched filter that told the failure, where neither the floor nor the local test did."""
     diagnosis: Diagnosis | None = None
 
 
@@ -244,6 +259,8 @@ class TraceJudgement:
     prompt_len: int = 0
     foreign: bool = False
     file: str = ""
+    matches: tuple[Match, ...] = ()
+    """What matched filters found in decode under the floor."""
 
     @property
     def first_failure(self) -> Failure | None:

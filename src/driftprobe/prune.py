@@ -58,6 +58,7 @@ def _wanted(judged: TraceJudgement) -> set[_Where]:
     cells = (*judged.cells, *judged.aligned_cells)
     failing: set[_Where] = {(c.step, c.layer, c.tensor) for c in cells if c.status is Status.FAIL or _close(c)}
     caches = {(step, tensor) for step, _, tensor in failing if tensor in CACHE_TAPS}
+    failing |= {where for match in judged.matches for where in match.places}
     return failing | {(c.step, c.layer, c.tensor) for c in cells if (c.step, c.tensor) in caches}
 
 

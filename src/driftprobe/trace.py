@@ -36,6 +36,8 @@ class EngineFacts:
     """The dtype that the model computes in."""
     casts: dict[str, str] = field(default_factory=dict)
     """Coarser dtypes that the engine uses on the path, by the place that does it: `{"k_cache": "float16"}`."""
+    accumulate: str = ""
+    """The dtype that matrix products are summed in, whatever they are stored in; empty where that is not known."""
     attention: str = ""
     layers: int = 0
     heads: int = 0

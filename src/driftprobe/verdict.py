@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from driftprobe.compare import Drift, Pair, Pairing, PayloadSource, pair
 from driftprobe.floor import LIMIT, Controls, Floor, Floors, innocent, is_control, is_extension, measure_floors
@@ -23,6 +24,8 @@ from driftprobe.judgement import (
     TraceJudgement,
     Verdict,
 )
+from driftprobe.local import LOCAL_LIMIT, Bench, bench, own_rounding
+from driftprobe.matched import MIN_Z, match_filters
 from driftprobe.rows import check_rows, kv_indicators
 from driftprobe.taps import ExecutionOrder, execution_order, place
 from driftprobe.trace import CONSTANTS, Record, Trace
@@ -53,12 +56,14 @@ def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
     """Return the judgement of one prompt in one mode."""
     decode, aligned = pair(trace, "P", "D", payloads), _aligned(trace, payloads)
     controls = _controls(trace, payloads)
-    floors = measure_floors(trace.header, (*decode.matched, *aligned.matched), controls)
-    cells, aligned_cells = _cells(decode.matched, floors), _cells(aligned.matched, floors)
+    local = _guilty_locally(trace, controls, payloads)
+    floors = measure_floors(trace.header, (*decode.matched, *aligned.matched), controls, frozenset(local))
+    cells = _cells(decode.matched, floors, bench(trace, decode.matched, payloads))
+    aligned_cells = _cells(aligned.matched, floors, bench(trace, aligned.matched, payloads))
     strangers = tuple(r for r in trace.records if r.arm not in (*_COMPARED, CONSTANTS) and not is_control(r.arm))
     evidence = Evidence(trace, decode, aligned, strangers, controls, floors, cells)
     gates = pass_gates(evidence)
-    failures = _failures(cells, controls, floors)
+    failures = _failures(cells, controls, floors, local)
     shut = any(not gate.passed for gate in gates)
     reading = Reading.NONE if shut else _reading(cells, aligned_cells)
     verdict, reason = _decide(gates, cells, failures, reading)
@@ -83,6 +88,7 @@ def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
         prompt_len=trace.header.prompt_len,
         foreign=trace.foreign,
         file=trace.path,
+        matches=tuple(cell.match for cell in cells if cell.match is not None),
     )
 
 
@@ -99,13 +105,29 @@ def _controls(trace: Trace, payloads: PayloadSource) -> Controls:
     return {arm: pair(trace, arm[:-1] if arm.endswith("'") else "P", arm, payloads).matched for arm in arms}
 
 
-def _cells(pairs: Iterable[Pair], floors: Floors) -> tuple[Cell, ...]:
+def _guilty_locally(trace: Trace, controls: Controls, payloads: PayloadSource) -> dict[str, list[tuple[Pair, float]]]:
+    """Return the longer prefills in which an op with equal inputs differs by more than its own rounding, and where."""
+    guilty: dict[str, list[tuple[Pair, float]]] = {}
+    for arm, pairs in controls.items():
+        if is_extension(arm):
+            on = bench(trace, pairs, payloads)
+            tested = [(pair, own_rounding(pair, on)) for pair in pairs]
+            found = [(pair, told.excess) for pair, told in tested if told is not None and told.excess > LOCAL_LIMIT]
+            guilty.update({arm: found} if found else {})
+    return guilty
+
+
+def _cells(pairs: Sequence[Pair], floors: Floors, on: Bench) -> tuple[Cell, ...]:
+    matches = {(m.step, m.layer, m.tensor): m for m in match_filters(pairs, on)}
     found = []
     for item in pairs:
         record = item.reference
-        floor = _floor_of(item, floors)
-        found.append(Cell(record.prompt, record.step, record.layer, record.tensor, item.drift, floor,
-                          _status(item.drift, floor), record, item.candidate))  # fmt: skip
+        floor, local = _floor_of(item, floors), own_rounding(item, on)
+        match = matches.get((record.step, record.layer, record.tensor))
+        beyond = match is not None or (local is not None and local.excess > LOCAL_LIMIT)
+        status = Status.FAIL if beyond else _status(item.drift, floor)
+        found.append(Cell(record.prompt, record.step, record.layer, record.tensor, item.drift, floor, status, record,
+                          item.candidate, local, match))  # fmt: skip
     return tuple(found)
 
 
@@ -122,33 +144,47 @@ def _status(drift: Drift, floor: Floor) -> Status:
     return Status.UNKNOWN if drift.lower_bound else Status.PASS
 
 
-def _failures(cells: Sequence[Cell], controls: Controls, floors: Floors) -> tuple[Failure, ...]:
+def _failures(
+    cells: Sequence[Cell], controls: Controls, floors: Floors, local: dict[str, list[tuple[Pair, float]]]
+) -> tuple[Failure, ...]:
     """Return the failures of decode and of guilty controls: earliest step first, each step in execution order.
 
     At the same tap decode comes before its controls.
     """
-    decode = [
-        _failure(cell.candidate, cell.drift, cell.floor, cell.candidate.phase)
-        for cell in cells
-        if cell.status is Status.FAIL
-    ]
+    decode = [_of_cell(cell) for cell in cells if cell.status is Status.FAIL]
     guilty = [
-        _failure(
-            item.candidate, item.drift, floors.bounds[(item.reference.layer, item.reference.tensor)], "prefill_ext"
-        )
+        _failure(item, floors.bounds[(item.reference.layer, item.reference.tensor)], "prefill_ext")
         for arm, pairs in controls.items()
         if is_extension(arm)
         for item in pairs
         if not innocent(item, floors)
     ]
+    known = {(f.arm, f.step, f.layer, f.tensor) for f in guilty}
+    guilty += [
+        replace(_failure(item, _floor_of(item, floors), "prefill_ext"), local=excess)
+        for found in local.values()
+        for item, excess in found
+        if (item.candidate.arm, item.reference.step, item.reference.layer, item.reference.tensor) not in known
+    ]
     return tuple(sorted((*decode, *guilty), key=_order))
+
+
+def _of_cell(cell: Cell) -> Failure:
+    """Return a failing cell's failure, with the local test or the matched filter where the floor did not tell it."""
+    failure = _failure(Pair(cell.reference, cell.candidate, cell.drift), cell.floor, cell.candidate.phase)
+    if cell.beyond_floor:
+        return failure
+    if cell.local is not None and cell.local.excess > LOCAL_LIMIT:
+        return replace(failure, local=cell.local.excess)
+    return replace(failure, match=cell.match)
 
 
 def _order(failure: Failure) -> tuple[int, ExecutionOrder, bool]:
     return (failure.step, execution_order(failure.layer, failure.tensor), failure.phase == "prefill_ext")
 
 
-def _failure(record: Record, drift: Drift, floor: Floor, phase: str) -> Failure:
+def _failure(pair: Pair, floor: Floor, phase: str) -> Failure:
+    record, drift = pair.candidate, pair.drift
     value = drift.at_least if drift.at_least is not None else math.nan
     return Failure(
         record.prompt, record.step, record.layer, record.tensor, value, floor.value, value / floor.value, phase,
@@ -200,10 +236,19 @@ def _decide(
 def _words(failure: Failure) -> str:
     """Return a failure in a sentence: what, where, measured, allowed."""
     where = f"{place(failure.layer, failure.tensor)}, prompt {failure.prompt}, step {failure.step}"
-    return (
-        f"{failure.phase} differs from prefill_last at {where}: drift {failure.drift:.2e}, "
-        f"floor {failure.floor:.2e} (×{failure.excess:.3g}, limit {LIMIT:g})"
-    )
+    lead = f"{failure.phase} differs from prefill_last at {where}: drift {failure.drift:.2e}, "
+    if failure.local is not None:
+        return (
+            f"{lead}under the floor of {failure.floor:.2e}, but the op's inputs are bit for bit equal and its own "
+            f"rounding is exceeded ×{failure.local:.3g} (limit {LOCAL_LIMIT:g})"
+        )
+    if failure.match is not None:
+        found = failure.match
+        return (
+            f"{lead}under the floor of {failure.floor:.2e}, but all elements move one way, by {found.share:+.2e} "
+            f"± {found.error:.1e} of themselves ({abs(found.z):.1f} standard errors, limit {MIN_Z:g})"
+        )
+    return f"{lead}floor {failure.floor:.2e} (×{failure.excess:.3g}, limit {LIMIT:g})"
 
 
 def _limits(cells: Sequence[Cell]) -> Limits | None:

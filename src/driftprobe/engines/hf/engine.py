@@ -67,6 +67,7 @@ class HFEngine:
             model=self._label,
             dtype=str(self.model.dtype).removeprefix("torch."),
             casts=self._casts,
+            accumulate=_accumulates(self.model),
             attention=str(getattr(config, "_attn_implementation", None) or "eager"),
             layers=len(self.anatomy.layers),
             heads=self.anatomy.heads,
@@ -299,6 +300,20 @@ def _casts(model: Any) -> dict[str, str]:
         return {"matmul": "tfloat32"}
     precision = torch.get_float32_matmul_precision()
     return {} if precision == "highest" else {"matmul": "tfloat32" if precision == "high" else "bfloat16"}
+
+
+def _accumulates(model: Any) -> str:
+    """Return the dtype that this process sums matrix products in; empty where a kernel may sum coarser parts."""
+    own = "float64" if model.dtype == torch.float64 else "float32"
+    if model.device.type == "cpu":
+        return own
+    if model.device.type != "cuda" or _casts(model):
+        return ""
+    matmul = torch.backends.cuda.matmul
+    flags = {torch.bfloat16: "allow_bf16_reduced_precision_reduction",
+             torch.float16: "allow_fp16_reduced_precision_reduction"}  # fmt: skip
+    reduced = getattr(matmul, flags.get(model.dtype, ""), False)
+    return "" if reduced else own
 
 
 class Downcasts(TorchFunctionMode):
