@@ -1,4 +1,4 @@
-"""Runs one case: plants, captures once, judges with and without the ladder, asks the other rules, measures the truth."""
+"""Runs one case: plants, captures once, judges with and without the ladder, asks other rules, measures the truth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from benchmarks.accuracy.cases import BENIGN as BENIGN_KIND
 from benchmarks.accuracy.cases import FAULT, Case
 from benchmarks.accuracy.outcome import CANNOT_ACT, ERROR, OK, Answer, Outcome, RuleAnswer, Wanted
 from benchmarks.accuracy.rules import RULES, Tapped, ask
-from driftprobe.capture import CaptureOptions, capture
+from driftprobe.api import rung_of
+from driftprobe.capture import CaptureOptions, capture, choose_tokens
 from driftprobe.causes import agree
 from driftprobe.diagnose import diagnose
 from driftprobe.errors import UsageError
@@ -25,7 +26,7 @@ from driftprobe.faults import FAULTS, Expected
 from driftprobe.judgement import Judgement, TraceJudgement
 from driftprobe.load import load_traces
 from driftprobe.payload import Payloads
-from driftprobe.plan import Mode, Plan, Prompt, make_plan
+from driftprobe.plan import Mode, Plan, Prompt, at_rung, make_plan
 from driftprobe.taps import execution_order
 from driftprobe.trace import Trace
 from driftprobe.verdict import judge
@@ -110,11 +111,29 @@ def _seen(case: Case, engine: Any, plan: Plan, folder: Path) -> Seen:
     if case.kind == BENIGN_KIND:
         plan = BENIGN[case.name].plan(plan)
     with kept(case, engine) as expected:
-        capture(plan, engine, folder, CaptureOptions(payload="all"), lambda _line: None)
+        _capture(plan, engine, folder)
     traces = tuple(sorted(load_traces(folder), key=lambda trace: trace.header.rung))
     payloads = Payloads(folder)
-    black_box = diagnose(judge(traces[:1], payloads), traces[:1], payloads)
-    return Seen(traces, payloads, expected, black_box, None)
+    return Seen(traces, payloads, expected, _judged(traces[:1], payloads),
+                _judged(traces, payloads) if len(traces) > 1 else None)  # fmt: skip
+
+
+def _capture(plan: Plan, engine: Any, folder: Path) -> None:
+    """Write the plan's trace, and the trace of the ladder's rung where the engine has one."""
+    tokens, settings = choose_tokens(plan, engine), CaptureOptions(payload="all")
+    capture(plan, engine, tokens, folder, settings, _untold)
+    rung = rung_of(engine, "auto")
+    if rung:
+        with engine.at(rung):
+            capture(at_rung(plan, rung), engine, tokens, folder, settings, _untold)
+
+
+def _untold(_line: str) -> None:
+    """Take a line of progress that nobody waits for."""
+
+
+def _judged(traces: tuple[Trace, ...], payloads: Payloads) -> Judgement:
+    return diagnose(judge(traces, payloads), traces, payloads)
 
 
 def _wanted(case: Case, expected: Expected | None) -> Wanted:
