@@ -66,6 +66,9 @@ class Drift:
         return self.rung == "hash" and self.value == 0.0
 
 
+_SHIFT = 0.999
+"""How much of a head's difference in scores must be one and the same number for it to be taken for a mere shift."""
+
 EQUAL = Drift(0.0, "hash", 0.0, 0.0)
 UNKNOWN = Drift(None, "none")
 
@@ -162,7 +165,7 @@ def drift_between(reference: Record, candidate: Record, payloads: PayloadSource)
         return Drift(math.inf, "moments")
     p, d = payloads.get(reference), payloads.get(candidate)
     if p is not None and d is not None:
-        return exact_drift(p, d)
+        return exact_drift(p, up_to_a_shift(p, d) if reference.tensor == "attn_scores" else d)
     if reference.sketch is not None and candidate.sketch is not None:
         return _sketched_drift(np.asarray(reference.sketch), np.asarray(candidate.sketch), reference.l2)
     return _bound_of_drift(reference, candidate)
@@ -199,6 +202,23 @@ def _elements(reference: Record, candidate: Record) -> int | None:
     if reference.nz_count is None or candidate.nz_count is None:
         return None
     return reference.nz_count + candidate.nz_count
+
+
+def up_to_a_shift(reference: Array, candidate: Array) -> Array:
+    """Return a candidate's scores, and where a head's differ from the reference's by one number, without that number.
+
+    A softmax over keys is the same for scores that are all larger by one number, and an ALiBi that counts distances from
+    the last key there is (MPT) makes them so in a longer prefill. Scores of other shapes are left as they are.
+    """
+    p, d = to_float64(reference), to_float64(candidate)
+    both = np.isfinite(p) & np.isfinite(d) if p.shape == d.shape else np.zeros(0, dtype=bool)
+    if not both.any():
+        return candidate
+    gaps = np.where(both, np.where(both, d, 0.0) - np.where(both, p, 0.0), 0.0)
+    shift = gaps.sum(axis=-1, keepdims=True) / np.maximum(both.sum(axis=-1, keepdims=True), 1)
+    square = (gaps**2).sum(axis=-1, keepdims=True) / np.maximum(both.sum(axis=-1, keepdims=True), 1)
+    large = np.abs(shift) > _SHIFT * np.sqrt(square)
+    return np.where(both & large, d - shift, d)
 
 
 def exact_drift(reference: Array, candidate: Array) -> Drift:
