@@ -7,6 +7,7 @@ no dtype: at a higher precision of the ladder it does the very same.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks.accuracy import kernels
-from driftprobe.errors import UsageError
+from driftprobe.errors import EngineError, UsageError
 from driftprobe.plan import Pass, Plan
 
 Tensor = torch.Tensor
@@ -69,9 +70,19 @@ def _attention(
             for mapping, key in functions:
                 stack.enter_context(_set(mapping, key, _in_decode(mapping[key], kernel)))
             stack.enter_context(declared(engine, casts or {}))
+            if plain:
+                _try(name, engine)
             yield
 
     return keep
+
+
+def _try(name: str, engine: Any) -> None:
+    """Raise where torch has no such kernel for a model's heads: K and V of different sizes, say."""
+    try:
+        engine.greedy(list(range(1, 6)), 2)
+    except EngineError as error:
+        raise cannot_vary(name, error.measured[:120], "heads that torch has this kernel for") from error
 
 
 def attention_functions(engine: Any) -> Iterator[tuple[dict[str, Any], str]]:
@@ -147,7 +158,7 @@ def _to_int8(rows_BGSD: Tensor) -> Tensor:
 
 
 def _coarse_cache(name: str, dtype: str, rounded: Callable[[Tensor], Tensor]) -> Keeper:
-    """Return a cache that keeps its rows coarsely: a prefill attends to what it has just computed, decode reads back."""
+    """Return a cache that keeps its rows coarsely: a prefill attends to what it has computed, decode to what is kept."""
 
     @contextmanager
     def keep(engine: Any) -> Iterator[None]:
@@ -315,7 +326,7 @@ def _chunked(size: int, plan: Plan) -> Plan:
             arms.append(arm)
             continue
         bounds = [*range(0, first.stop, size), first.stop]
-        chunks = [Pass(low, high) for low, high in zip(bounds, bounds[1:], strict=False)]
+        chunks = [Pass(low, high) for low, high in itertools.pairwise(bounds)]
         arms.append(replace(arm, passes=(*chunks, *arm.passes[1:])))
     return replace(plan, arms=tuple(arms))
 
@@ -375,14 +386,16 @@ def _argmax_tie(engine: Any) -> Iterator[None]:
 
 
 _VARIATIONS = (
-    Benign("sdpa_math", "decode attends with torch's math backend", _attention("sdpa_math", kernels.fused("MATH"), plain=True)),
+    Benign("sdpa_math", "decode attends with torch's math backend",
+           _attention("sdpa_math", kernels.fused("MATH"), plain=True)),
     Benign("sdpa_flash", "decode attends with torch's flash backend",
            _attention("sdpa_flash", kernels.fused("FLASH_ATTENTION"), plain=True)),
     Benign("split_keys_2", "decode splits the keys in 2 and merges by log-sum-exp",
            _attention("split_keys_2", kernels.split(2))),
     Benign("split_keys_4", "decode splits the keys in 4 and merges by log-sum-exp",
            _attention("split_keys_4", kernels.split(4))),
-    Benign("online_softmax", "decode tiles the keys by 8, online softmax", _attention("online_softmax", kernels.online)),
+    Benign("online_softmax", "decode tiles the keys by 8, online softmax",
+           _attention("online_softmax", kernels.online)),
     Benign("reversed_keys", "decode adds up from the last key to the first",
            _attention("reversed_keys", kernels.reversed_order)),
     Benign("softmax_float32", "decode takes the softmax in float32",

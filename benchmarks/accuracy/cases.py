@@ -42,7 +42,8 @@ class Case:
     def id(self) -> str:
         """The case in one word, which `--replay` takes."""
         name = self.name if self.strength is None else f"{self.name}@{self.strength:g}"
-        return f"{self.kind}:{name}/{self.architecture}/{self.dtype}/{self.kernel}/n{self.length}/k{self.steps}/s{self.seed}"
+        run = f"n{self.length}/k{self.steps}/s{self.seed}"
+        return f"{self.kind}:{name}/{self.architecture}/{self.dtype}/{self.kernel}/{run}"
 
     @property
     def held_out(self) -> bool:

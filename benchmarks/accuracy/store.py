@@ -39,7 +39,7 @@ def digest(root: Path = ROOT) -> str:
 
 
 def read(path: Path, sources: str) -> dict[str, Outcome]:
-    """Return the outcomes of these sources by case; a line that was cut off when the program was stopped is left out."""
+    """Return the outcomes of these sources by case, without a line that was cut off when the program was stopped."""
     if not path.exists():
         return {}
     found = {}
