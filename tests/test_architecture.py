@@ -31,7 +31,7 @@ LADDER = (
     {"load", "compare"},
     {"floor", "validate"},
     {"judgement"},
-    {"gates", "rows", "impact", "climb"},
+    {"gates", "rows", "impact", "climb", "scores"},
     {"verdict", "scene"},
     {"hypotheses"},
     {"explain"},
@@ -40,7 +40,7 @@ LADDER = (
 )
 """Lowest first: a module imports from its own step downwards. Modules that stand nowhere are checked one by one."""
 STEP = {name: step for step, names in enumerate(LADDER) for name in names}
-MIDDLE = ("compare", "floor", "judgement", "gates", "rows", "impact", "climb", "verdict", "scene",
+MIDDLE = ("compare", "floor", "judgement", "gates", "rows", "impact", "climb", "scores", "verdict", "scene",
           "hypotheses", "explain", "diagnose", "report")  # fmt: skip
 JUDGEMENT = tuple(name for name in MIDDLE if name != "report")
 THIRD_PARTY = {"numpy", "ml_dtypes", "xxhash", "msgspec", "safetensors"}

@@ -67,6 +67,8 @@ class Drift:
 
 
 EQUAL = Drift(0.0, "hash", 0.0, 0.0)
+SCORES = "attn_scores"
+"""The tap that counts up to a constant along each row."""
 UNKNOWN = Drift(None, "none")
 
 
@@ -162,7 +164,7 @@ def drift_between(reference: Record, candidate: Record, payloads: PayloadSource)
         return Drift(math.inf, "moments")
     p, d = payloads.get(reference), payloads.get(candidate)
     if p is not None and d is not None:
-        return exact_drift(p, d)
+        return exact_drift(p, without_shift(p, d) if reference.tensor == SCORES else d)
     if reference.sketch is not None and candidate.sketch is not None:
         return _sketched_drift(np.asarray(reference.sketch), np.asarray(candidate.sketch), reference.l2)
     return _bound_of_drift(reference, candidate)
@@ -199,6 +201,22 @@ def _elements(reference: Record, candidate: Record) -> int | None:
     if reference.nz_count is None or candidate.nz_count is None:
         return None
     return reference.nz_count + candidate.nz_count
+
+
+def without_shift(reference: Array, candidate: Array) -> Array:
+    """Return scores `[T, H, S]` less, in each row, the mean of candidate − reference over the keys finite in both.
+
+    Softmax gives the same for scores that differ by a constant along a row; of all constants the mean leaves the
+    smallest distance. Where nothing is shifted this takes away a share 1/S of what differs.
+    """
+    p, d = to_float64(reference), to_float64(candidate)
+    if p.shape != d.shape or p.ndim == 0:
+        return candidate
+    finite = np.isfinite(p) & np.isfinite(d)
+    gaps = np.where(finite, np.where(finite, d, 0.0) - np.where(finite, p, 0.0), 0.0)
+    shift = gaps.sum(axis=-1, keepdims=True) / np.maximum(finite.sum(axis=-1, keepdims=True), 1)
+    shifted: Array = np.where(np.isfinite(d), d - shift, d)
+    return shifted
 
 
 def exact_drift(reference: Array, candidate: Array) -> Drift:

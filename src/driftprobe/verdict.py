@@ -25,6 +25,7 @@ from driftprobe.judgement import (
     Verdict,
 )
 from driftprobe.rows import check_rows, kv_indicators
+from driftprobe.scores import pass_shifts, without_shifts
 from driftprobe.taps import ExecutionOrder, execution_order, place
 from driftprobe.trace import CONSTANTS, COST, Record, Trace
 
@@ -73,8 +74,10 @@ def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
     """Return the judgement of one prompt in one mode."""
     decode, aligned = pair(trace, "P", "D", payloads), _aligned(trace, payloads)
     controls = _controls(trace, payloads)
-    floors = measure_floors(trace.header, (*decode.matched, *aligned.matched), controls)
-    cells, aligned_cells = _cells(decode.matched, floors), _cells(aligned.matched, floors)
+    pairs = (*decode.matched, *aligned.matched)
+    controls = without_shifts(controls, measure_floors(trace.header, pairs, controls))
+    floors = measure_floors(trace.header, pairs, controls)
+    cells, aligned_cells = (pass_shifts(_cells(found.matched, floors)) for found in (decode, aligned))
     strangers = tuple(r for r in trace.records if r.arm not in (*_COMPARED, CONSTANTS) and not is_control(r.arm))
     evidence = Evidence(trace, decode, aligned, strangers, controls, floors, cells)
     gates = pass_gates(evidence)
