@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from driftprobe.compare import up_to_a_shift  # noqa: E402
+from driftprobe.compare import without_shift  # noqa: E402
 from driftprobe.engines.hf import HFEngine  # noqa: E402
 from driftprobe.engines.hf.lifting import Narrowings, lifted  # noqa: E402
 from driftprobe.errors import UsageError  # noqa: E402
@@ -120,7 +120,7 @@ def largest_drift(engine: HFEngine) -> float:
     largest = 0.0
     for arm in ("D", "E31"):
         for where, p in found["P"].items():
-            d = up_to_a_shift(p, found[arm][where]) if where[1] == "attn_scores" else found[arm][where]
+            d = without_shift(p, found[arm][where]) if where[1] == "attn_scores" else found[arm][where]
             finite = np.isfinite(p)
             largest = max(largest, float(np.linalg.norm((d - p)[finite]) / np.linalg.norm(p[finite])))
     return largest

@@ -158,7 +158,7 @@ def _to_int8(rows_BGSD: Tensor) -> Tensor:
 
 
 def _coarse_cache(name: str, dtype: str, rounded: Callable[[Tensor], Tensor]) -> Keeper:
-    """Return a cache that keeps its rows coarsely: a prefill attends to what it has computed, decode to what is kept."""
+    """Return a cache that keeps its rows coarsely: a prefill attends to what it computed, decode to what is kept."""
 
     @contextmanager
     def keep(engine: Any) -> Iterator[None]:

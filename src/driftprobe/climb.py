@@ -48,8 +48,8 @@ def climb(base: TraceJudgement, rung: TraceJudgement, name: str, seconds: float 
     slopes = _slopes(base.cells, rung.cells, unit, base_unit)
     outcome = _outcome(base, rung, slopes)
     drifts = [drift for arm, drift in rung.controls.items() if math.isfinite(drift)]
-    ladder = Ladder(name, rung, outcome, base_unit, unit, _unit(rung.engine)[1], max(drifts, default=None), slopes,
-                    seconds)  # fmt: skip
+    ladder = Ladder(name, rung, outcome, base.verdict, base_unit, unit, _unit(rung.engine)[1],
+                    max(drifts, default=None), slopes, seconds)  # fmt: skip
     judged = replace(base, ladder=ladder)
     if outcome is Outcome.SHARPER:
         failures = tuple(replace(failure, rung=name) for failure in rung.failures)
@@ -67,14 +67,18 @@ def _outcome(base: TraceJudgement, rung: TraceJudgement, slopes: Sequence[Slope]
     shut = any(not gate.passed for gate in base.gates)
     if rung.verdict is Verdict.NOT_AVAILABLE or shut:
         return Outcome.NOT_TOLD
+    if base.verdict is Verdict.MISMATCH and _scale((*base.failures, *rung.failures), slopes):
+        return Outcome.SCALES
     if rung.verdict is Verdict.MISMATCH:
         return Outcome.SHARPER
-    if base.verdict is not Verdict.MISMATCH:
-        return Outcome.AGREES
-    moderate = max(failure.excess for failure in base.failures) <= MODERATE
+    return Outcome.PRECISION if base.verdict is Verdict.MISMATCH else Outcome.AGREES
+
+
+def _scale(failures: Sequence[Failure], slopes: Sequence[Slope]) -> bool:
+    """Whether failures are moderate, and each tap's drift shrinks with the roundoff."""
     by_place = {(slope.layer, slope.tensor): slope for slope in slopes}
-    found = [by_place.get((failure.layer, failure.tensor)) for failure in base.failures]
-    return Outcome.SCALES if moderate and all(map(_shrinks, found)) else Outcome.PRECISION
+    moderate = max(failure.excess for failure in failures) <= MODERATE
+    return moderate and all(_shrinks(by_place.get((failure.layer, failure.tensor))) for failure in failures)
 
 
 def _shrinks(slope: Slope | None) -> bool:

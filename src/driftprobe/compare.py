@@ -66,10 +66,9 @@ class Drift:
         return self.rung == "hash" and self.value == 0.0
 
 
-_SHIFT = 0.999
-"""How much of a head's difference in scores must be one and the same number for it to be taken for a mere shift."""
-
 EQUAL = Drift(0.0, "hash", 0.0, 0.0)
+SCORES = "attn_scores"
+"""The tap that counts up to a constant along each row."""
 UNKNOWN = Drift(None, "none")
 
 
@@ -165,7 +164,7 @@ def drift_between(reference: Record, candidate: Record, payloads: PayloadSource)
         return Drift(math.inf, "moments")
     p, d = payloads.get(reference), payloads.get(candidate)
     if p is not None and d is not None:
-        return exact_drift(p, up_to_a_shift(p, d) if reference.tensor == "attn_scores" else d)
+        return exact_drift(p, without_shift(p, d) if reference.tensor == SCORES else d)
     if reference.sketch is not None and candidate.sketch is not None:
         return _sketched_drift(np.asarray(reference.sketch), np.asarray(candidate.sketch), reference.l2)
     return _bound_of_drift(reference, candidate)
@@ -204,21 +203,20 @@ def _elements(reference: Record, candidate: Record) -> int | None:
     return reference.nz_count + candidate.nz_count
 
 
-def up_to_a_shift(reference: Array, candidate: Array) -> Array:
-    """Return a candidate's scores, and where a head's differ from the reference's by one number, without that number.
+def without_shift(reference: Array, candidate: Array) -> Array:
+    """Return scores `[T, H, S]` less, in each row, the mean of candidate − reference over the keys finite in both.
 
-    A softmax over keys is the same for scores that are all larger by one number, and an ALiBi that counts distances from
-    the last key there is (MPT) makes them so in a longer prefill. Scores of other shapes are left as they are.
+    Softmax gives the same for scores that differ by a constant along a row; of all constants the mean leaves the
+    smallest distance. Where nothing is shifted this takes away a share 1/S of what differs.
     """
     p, d = to_float64(reference), to_float64(candidate)
-    both = np.isfinite(p) & np.isfinite(d) if p.shape == d.shape else np.zeros(0, dtype=bool)
-    if not both.any():
+    if p.shape != d.shape or p.ndim == 0:
         return candidate
-    gaps = np.where(both, np.where(both, d, 0.0) - np.where(both, p, 0.0), 0.0)
-    shift = gaps.sum(axis=-1, keepdims=True) / np.maximum(both.sum(axis=-1, keepdims=True), 1)
-    square = (gaps**2).sum(axis=-1, keepdims=True) / np.maximum(both.sum(axis=-1, keepdims=True), 1)
-    large = np.abs(shift) > _SHIFT * np.sqrt(square)
-    return np.where(both & large, d - shift, d)
+    finite = np.isfinite(p) & np.isfinite(d)
+    gaps = np.where(finite, np.where(finite, d, 0.0) - np.where(finite, p, 0.0), 0.0)
+    shift = gaps.sum(axis=-1, keepdims=True) / np.maximum(finite.sum(axis=-1, keepdims=True), 1)
+    shifted: Array = np.where(np.isfinite(d), d - shift, d)
+    return shifted
 
 
 def exact_drift(reference: Array, candidate: Array) -> Drift:

@@ -267,7 +267,7 @@ class Outcome(str, Enum):
 
 _OUTCOMES = {
     Outcome.AGREES: "nothing is beyond the floor there either",
-    Outcome.SHARPER: "it is beyond the floor there too, where rounding cannot hide it: no arithmetic",
+    Outcome.SHARPER: "beyond the floor there, where rounding is far too small to explain it: no arithmetic",
     Outcome.SCALES: "larger than this run's floor, but it scales with the unit roundoff: arithmetic",
     Outcome.PRECISION: "far beyond the floor of this run's dtype, and gone in float64: something rounds more coarsely "
     "than declared, or a kernel of this dtype is wrong",
@@ -283,6 +283,8 @@ class Ladder:
     judged: TraceJudgement
     """The rung's own judgement, by the same rules."""
     outcome: Outcome
+    base_verdict: Verdict
+    """What the run alone was judged to be."""
     base_unit: float
     """Unit roundoff of the coarsest dtype that the run declares."""
     unit: float

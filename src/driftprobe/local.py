@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from driftprobe.compare import Pair, PayloadSource, up_to_a_shift
+from driftprobe.compare import Pair, PayloadSource, without_shift
 from driftprobe.fingerprint import UNIT_ROUNDOFF, Float64, to_float64
 from driftprobe.taps import BY_NAME, CACHE_TAPS
 from driftprobe.trace import CONSTANTS, EngineFacts, Record, Trace
@@ -109,7 +109,7 @@ def own_rounding(pair: Pair, on: Bench) -> Local | None:
     if p is None or d is None or p.shape != d.shape:
         return None
     if record.tensor == "attn_scores":
-        d = up_to_a_shift(p, d)
+        d = without_shift(p, d)
     return _measured(place, to_float64(p), to_float64(d), on.roundoff(place), on, spread, inputs)
 
 

@@ -28,6 +28,7 @@ from driftprobe.judgement import (
 from driftprobe.local import LOCAL_LIMIT, Bench, bench, own_rounding
 from driftprobe.matched import match_filters
 from driftprobe.rows import check_rows, kv_indicators
+from driftprobe.scores import pass_shifts, without_shifts
 from driftprobe.taps import ExecutionOrder, execution_order, place
 from driftprobe.trace import CONSTANTS, COST, Record, Trace
 
@@ -38,10 +39,11 @@ MODES = ("as_designed", "kv_aligned")
 
 def judge(traces: Sequence[Trace], payloads: PayloadSource) -> Judgement:
     """Return the judgement of all traces of a folder: MISMATCH before N/A before STRUCTURAL_DRIFT before NO_DRIFT."""
-    judged = [_climbed(trace, traces, payloads) for trace in base_traces(traces)]
+    base = base_traces(traces)
+    judged = [_climbed(trace, traces, payloads) for trace in base]
     names = [m for m in MODES if any(j.mode == m for j in judged)]
     names += sorted({j.mode for j in judged} - set(MODES))
-    modes = {name: _judge_mode(name, [j for j in judged if j.mode == name], traces) for name in names}
+    modes = {name: _judge_mode(name, [j for j in judged if j.mode == name], base) for name in names}
     verdict = _worst(mode.verdict for mode in modes.values())
     deciding = next((m for m in reversed(modes.values()) if m.verdict is verdict), None)
     return Judgement(
@@ -75,10 +77,13 @@ def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
     """Return the judgement of one prompt in one mode."""
     decode, aligned = pair(trace, "P", "D", payloads), _aligned(trace, payloads)
     controls = _controls(trace, payloads)
+    pairs = (*decode.matched, *aligned.matched)
+    controls = without_shifts(controls, measure_floors(trace.header, pairs, controls))
     local = _guilty_locally(trace, controls, payloads)
-    floors = measure_floors(trace.header, (*decode.matched, *aligned.matched), controls, frozenset(local))
-    cells = _cells(decode.matched, floors, bench(trace, decode.matched, payloads))
-    aligned_cells = _cells(aligned.matched, floors, bench(trace, aligned.matched, payloads))
+    floors = measure_floors(trace.header, pairs, controls, frozenset(local))
+    cells, aligned_cells = (
+        pass_shifts(_cells(found.matched, floors, bench(trace, found.matched, payloads))) for found in (decode, aligned)
+    )
     strangers = tuple(r for r in trace.records if r.arm not in (*_COMPARED, CONSTANTS) and not is_control(r.arm))
     evidence = Evidence(trace, decode, aligned, strangers, controls, floors, cells)
     gates = pass_gates(evidence)
