@@ -136,12 +136,12 @@ def _set(mapping: Any, key: str, value: object) -> Iterator[None]:
 @contextmanager
 def declared(engine: Any, casts: dict[str, str]) -> Iterator[None]:
     """Declare casts for an engine, as its maker would, while the context lasts."""
-    before = engine.declared
-    engine.declared = {**before, **casts}
+    before = engine._declared
+    engine._declared = {**before, **casts}
     try:
         yield
     finally:
-        engine.declared = before
+        engine._declared = before
 
 
 # --- the cache ---------------------------------------------------------------------------------------------------

@@ -48,8 +48,7 @@ class HFEngine:
         self.anatomy = dissect(model)
         self._label = label or f"object:{type(model).__name__}"
         self._kept: dict[int, dict[int, Rows]] = {}
-        self.declared: dict[str, str] = {}
-        """Casts that the engine's maker declares beside those that are found out: `{"k_cache": "float16"}`."""
+        self._declared: dict[str, str] = {}
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._returns_dict = "return_dict" in parameters
@@ -265,7 +264,7 @@ class HFEngine:
 
     @property
     def _casts(self) -> dict[str, str]:
-        return {**_casts(self.model), **self._inner_cast, **self.declared}
+        return {**_casts(self.model), **self._inner_cast, **self._declared}
 
     def _casts_inside(self) -> dict[str, str]:
         """Return the coarsest dtype that a float64 model makes of float64 inside; norms, RoPE and softmax may."""
