@@ -194,26 +194,19 @@ def test_an_infinite_change_is_written_as_a_word() -> None:
     assert b'"change": "inf"' in body
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> list[Scored]:
-    """The quick choice of cases, measured."""
+def test_the_quick_choice_runs_without_an_error_a_false_alarm_or_a_missed_fault(tmp_path: Path) -> None:
+    """One test: a second one would measure all of it again in the other worker."""
     chosen = cases.quick()
-    done = run.run(chosen, tmp_path_factory.mktemp("accuracy") / "results.jsonl", 1, lambda _: None)
-    return [Scored(case, done[case.id]) for case in chosen]
-
-
-def test_no_case_of_the_quick_choice_fails_to_run(measured: list[Scored]) -> None:
+    done = run.run(chosen, tmp_path / "results.jsonl", 1, lambda _: None)
+    measured = [Scored(case, done[case.id]) for case in chosen]
     assert [s.outcome.detail for s in measured if s.outcome.status == "error"] == []
     assert sum(s.outcome.status == OK for s in measured) > len(measured) / 2
-
-
-def test_no_clean_or_benign_run_of_the_quick_choice_is_called_a_mismatch(measured: list[Scored]) -> None:
-    assert [s.case.id for kind, s, _ in score.misses(measured) if kind.startswith("false alarm")] == []
-
-
-def test_the_quick_choice_s_visible_faults_are_detected(measured: list[Scored]) -> None:
-    assert [s.case.id for kind, s, _ in score.misses(measured) if kind == "not detected"] == []
-    assert any(s.visible for s in measured)
+    assert sum(s.visible for s in measured) > len(measured) / 5
+    kinds = {
+        kind: [s.case.id for k, s, _ in score.misses(measured) if k == kind] for kind, _, _ in score.misses(measured)
+    }
+    wrong = {kind: found for kind, found in kinds.items() if kind.startswith(("false alarm", "not detected"))}
+    assert wrong == {}
 
 
 def test_the_clean_model_is_the_measure_of_a_fault() -> None:

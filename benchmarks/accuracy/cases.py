@@ -16,7 +16,7 @@ from driftprobe.faults import FAULTS
 
 FAULT, BENIGN, CLEAN = "fault", "benign", "clean"
 LENGTHS = (5, 11, 12, 13, 15, 16, 17, 31, 33, 48, 63, 64, 65)
-QUICK = {FAULT: 75, BENIGN: 50, CLEAN: 25}
+QUICK = {FAULT: 70, BENIGN: 45, CLEAN: 15}
 STEPS = (1, 1, 1, 2, 4)
 SHORT_FOR_STEPS = 24
 """Runs of more than one step keep to prompts of at most this many tokens: a prefill for each step and control."""

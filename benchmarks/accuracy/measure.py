@@ -6,8 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from driftprobe.taps import execution_order
 from driftprobe.trace import Trace
 from driftprobe.verdict import judge
 
+HARMLESS = "no MISMATCH"
 _CANNOT = ("the fault cannot act here", "the variation cannot act here")
 
 
@@ -57,13 +57,7 @@ def measure(case: Case) -> Outcome:
         found = Outcome(case.id, status, f"{error.what}: {error.measured}"[:300])
     except Exception as error:  # an error of any kind is a result of the measurement, not the end of it
         found = Outcome(case.id, ERROR, f"{type(error).__name__}: {error}"[:300])
-    return _timed(found, time.perf_counter() - started)
-
-
-def _timed(found: Outcome, seconds: float) -> Outcome:
-    from dataclasses import replace
-
-    return replace(found, seconds=round(seconds, 3))
+    return replace(found, seconds=round(time.perf_counter() - started, 3))
 
 
 def _measured(case: Case, folder: Path) -> Outcome:
@@ -138,7 +132,7 @@ def _judged(traces: tuple[Trace, ...], payloads: Payloads) -> Judgement:
 
 def _wanted(case: Case, expected: Expected | None) -> Wanted:
     if expected is None:
-        return Wanted("no MISMATCH")
+        return Wanted(HARMLESS)
     fault = FAULTS[case.name]
     return Wanted(fault.verdict, expected.layer, expected.tensor, expected.reading, expected.cause,
                   dict(expected.parameters), fault.family)  # fmt: skip
@@ -149,7 +143,7 @@ def _answer(judgement: Judgement, wanted: Wanted) -> Answer:
     first = judged.first_failure
     found = None if first is None else first.diagnosis
     verdict = judged.verdict.value
-    detected = verdict == (wanted.verdict if wanted.family else "MISMATCH")
+    detected = verdict == ("MISMATCH" if wanted.verdict == HARMLESS else wanted.verdict)
     cause, parameters = ("", {}) if found is None else (found.cause, dict(found.parameters))
     tap = (None, None) if first is None else (first.layer, first.tensor)
     return Answer(
@@ -177,22 +171,23 @@ def _strength(
     case: Case, plan: Plan, seen: Seen, wanted: Wanted, base: truth.Taps, rung: truth.Taps
 ) -> tuple[float | None, float]:
     """Return how many floors a fault is at its first tap, and the largest change it makes at the highest precision."""
-    tokens = seen.traces[0].header.token_ids
-    changed = truth.changes(_clean(case, tokens, ""), base)
-    highest = truth.changes(_clean(case, tokens, seen.traces[1].header.rung), rung) if rung else changed
+    clean = _clean(case, plan, seen)
+    changed = truth.changes(clean[0], base)
+    highest = truth.changes(clean[1], rung) if rung else changed
     judged = _only(seen.black_box)
     floor = next((c.floor.value for c in judged.cells if (c.layer, c.tensor) == (wanted.layer, wanted.tensor)), None)
     floors = truth.at(changed, wanted.layer, wanted.tensor) / floor if floor else None
     return floors, max(highest.values(), default=0.0)
 
 
-@lru_cache(maxsize=8)
-def _clean(case_of: Case, tokens: tuple[int, ...], rung: str) -> truth.Taps:
-    engine = models.engine(*case_of.model)
-    if not rung:
-        return truth.run_clean(engine, plan_of(case_of), tokens)
-    with engine.at(rung):
-        return truth.run_clean(engine, plan_of(case_of), tokens)
+def _clean(case: Case, plan: Plan, seen: Seen) -> list[truth.Taps]:
+    """Return the taps of the clean model, made anew, over the very tokens of the run; then those at its rung."""
+    engine, tokens = models.engine(*case.model), seen.traces[0].header.token_ids
+    found: list[truth.Taps] = [truth.run_clean(engine, plan, tokens)]
+    for trace in seen.traces[1:]:
+        with engine.at(trace.header.rung):
+            found.append(truth.run_clean(engine, plan, tokens))
+    return found
 
 
 def _rule_answer(rule: Any, base: truth.Taps, rung: truth.Taps) -> RuleAnswer | None:

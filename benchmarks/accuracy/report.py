@@ -167,7 +167,7 @@ def _said(answer: Answer) -> str:
 def _must(item: Scored) -> str:
     wanted = item.outcome.wanted
     assert wanted is not None
-    if not wanted.family:
+    if item.case.kind != FAULT:
         return wanted.verdict
     parameters = ", ".join(f"{name} {value}" for name, value in wanted.parameters.items())
     floors = "" if item.outcome.floors is None else f"; {item.outcome.floors:.3g} floors"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.accuracy.cases import CLEAN, FAULT, Case
+from benchmarks.accuracy.cases import FAULT, Case
 from benchmarks.accuracy.outcome import OK, Answer, Outcome
 from benchmarks.accuracy.rules import RULES
 
@@ -227,8 +227,3 @@ def misses(scored: Sequence[Scored]) -> list[tuple[str, Scored, Answer]]:
         elif not item.is_fault and not answer.detected:
             found.append(("another verdict", item, answer))
     return found
-
-
-def is_clean(item: Scored) -> bool:
-    """Whether nothing was planted or varied."""
-    return item.case.kind == CLEAN
