@@ -14,13 +14,14 @@ pytest.importorskip("scipy")
 
 import ml_dtypes
 
-from benchmarks.accuracy import cases, models, report, run, score, store
+from benchmarks.accuracy import cases, models, report, run, score, store, truth
 from benchmarks.accuracy.benign import BENIGN
 from benchmarks.accuracy.cases import Case
-from benchmarks.accuracy.measure import measure
+from benchmarks.accuracy.measure import measure, plan_of
 from benchmarks.accuracy.outcome import OK, Answer, Outcome, RuleAnswer, Wanted
 from benchmarks.accuracy.rules import RULES, Tapped, ask
 from benchmarks.accuracy.score import BLACK_BOX, LADDER, Scored
+from driftprobe.capture import choose_tokens
 
 BY_NAME = {rule.name: rule for rule in RULES}
 CASE = Case("fault", "attn_scale", "llama", "float32", "eager", 17, 1, 0, 1.01)
@@ -207,6 +208,39 @@ def test_the_quick_choice_runs_without_an_error_a_false_alarm_or_a_missed_fault(
     }
     wrong = {kind: found for kind, found in kinds.items() if kind.startswith(("false alarm", "not detected"))}
     assert wrong == {}
+
+
+_FINE = ("cache_bfloat16", "cache_float16", "split_qkv", "transposed_weights")
+"""Variations that a bfloat16 model of this size rounds away."""
+
+
+_MAY_CHANGE_NOTHING = {"static_cache", "threads", "chunks_16", "chunks_7", "fused_qkv"}
+
+
+@pytest.mark.parametrize("name", sorted(set(BENIGN) - _MAY_CHANGE_NOTHING))
+def test_a_variation_does_vary_and_leaves_the_engine_as_it_was(name: str) -> None:
+    """A variation that changes not one bit anywhere would be no test."""
+    architecture = {"split_qkv": "phi3", "router_tie": "qwen3_moe"}.get(name, "llama")
+    dtype = "float32" if name in _FINE else "bfloat16"
+    case = Case("benign", name, architecture, dtype, "eager", 17, 1, 0)
+    engine, plan = models.engine(*case.model), plan_of(case)
+    tokens = choose_tokens(plan, engine)
+    before = truth.run_clean(engine, plan, tokens)
+    with BENIGN[name].keep(engine):
+        varied = truth.run_clean(engine, plan, tokens)
+    after = truth.run_clean(engine, plan, tokens)
+    assert max(truth.changes(before, varied).values()) > 0.0
+    assert max(truth.changes(before, after).values()) == 0.0
+    assert engine.facts.casts == {}
+
+
+def test_chunks_feed_the_whole_prompt_and_leave_what_is_read_alone() -> None:
+    plan = plan_of(Case("benign", "chunks_7", "llama", "float32", "eager", 17, 2, 0))
+    chunked = BENIGN["chunks_7"].plan(plan)
+    by_name = {arm.name: arm for arm in chunked.arms}
+    assert [(call.start, call.stop) for call in by_name["D"].passes[:3]] == [(0, 7), (7, 14), (14, 17)]
+    assert chunked.reads == plan.reads
+    assert [arm for arm in chunked.arms if arm.name == "P"] == [arm for arm in plan.arms if arm.name == "P"]
 
 
 def test_the_clean_model_is_the_measure_of_a_fault() -> None:

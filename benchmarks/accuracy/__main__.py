@@ -21,7 +21,7 @@ from benchmarks.accuracy.score import Scored  # noqa: E402
 
 
 @click.command(help=__doc__)
-@click.option("--quick", is_flag=True, help="A fixed choice of some 150 cases.")
+@click.option("--quick", is_flag=True, help="A small fixed choice of cases.")
 @click.option("--only", multiple=True, help="Only cases whose id holds this text; may be given several times.")
 @click.option("--limit", type=int, help="At most so many cases of those chosen.")
 @click.option("--jobs", type=int, default=os.cpu_count() or 1, show_default=True, help="Processes.")

@@ -99,8 +99,14 @@ def softmax_wide(given: Inputs) -> Tensor:
 
 
 def softmax_own(given: Inputs) -> Tensor:
-    """Scores and softmax in the model's own dtype."""
-    return _plain(given, given.query_BHTD.dtype, given.query_BHTD.dtype)
+    """Scores and softmax in the model's own dtype, each step of it: torch's own computes in float32 inside."""
+    found = scores(given, dtype=given.query_BHTD.dtype)
+    top = found.amax(dim=-1, keepdim=True)
+    weights = torch.exp(found - top)
+    total = weights.sum(dim=-1, keepdim=True)
+    if given.sinks_H is not None:
+        total = total + torch.exp(given.sinks_H.to(total.dtype).reshape(1, -1, 1, 1) - top)
+    return ((weights / total) @ given.value_BHSD).transpose(1, 2).contiguous()
 
 
 def query_scaled(given: Inputs) -> Tensor:

@@ -19,6 +19,7 @@ from benchmarks.accuracy.rules import RULES, Tapped, ask
 from driftprobe.api import rung_of
 from driftprobe.capture import CaptureOptions, capture, choose_tokens
 from driftprobe.causes import agree
+from driftprobe.constants import add_constants
 from driftprobe.diagnose import diagnose
 from driftprobe.errors import UsageError
 from driftprobe.faults import FAULTS, Expected
@@ -106,10 +107,29 @@ def _seen(case: Case, engine: Any, plan: Plan, folder: Path) -> Seen:
         plan = BENIGN[case.name].plan(plan)
     with kept(case, engine) as expected:
         _capture(plan, engine, folder)
+        seen = _read(folder, expected)
+        return _read(folder, expected) if _add_matrices(engine, seen, folder) else seen
+
+
+def _read(folder: Path, expected: Expected | None) -> Seen:
+    """Read the traces of a folder and judge them, without the ladder's and with it."""
     traces = tuple(sorted(load_traces(folder), key=lambda trace: trace.header.rung))
     payloads = Payloads(folder)
     return Seen(traces, payloads, expected, _judged(traces[:1], payloads),
                 _judged(traces, payloads) if len(traces) > 1 else None)  # fmt: skip
+
+
+def _add_matrices(engine: Any, seen: Seen, folder: Path) -> bool:
+    """Add the matrices of the op that failed to the trace that a diagnosis reads, as a run does; whether any was."""
+    by_file = {trace.path: trace for trace in seen.traces}
+    failing = {}
+    for judgement in filter(None, (seen.black_box, seen.ladder)):
+        judged = _only(judgement)
+        if judged.first_failure is not None:
+            failing[judged.decided_by.file] = judged.first_failure
+    for file, first in failing.items():
+        add_constants(by_file[file], engine.weights(first.layer, first.tensor), folder)
+    return bool(failing)
 
 
 def _capture(plan: Plan, engine: Any, folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from driftprobe.artifacts import Layout, check_place, copy_run, keep_other_modes, staged, write_reports
 from driftprobe.capture import CaptureOptions, capture, choose_tokens, trace_name
+from driftprobe.constants import add_constants
 from driftprobe.diagnose import diagnose
 from driftprobe.engines import open_engine
 from driftprobe.engines.base import Engine
@@ -204,6 +205,8 @@ def run(
         _capture_all(plans, engine, stage, options, progress or (lambda _step: None))
         keep_other_modes(root, stage, [trace.header for trace in load_traces(stage.traces)])
         result = analyze(stage.root)
+        if options.payload != "none" and _add_matrices(engine, result, stage):
+            result = analyze(stage.root)
         if options.payload == "failing":
             for mode in result.judgement.modes.values():
                 for judged in mode.prompts:
@@ -213,6 +216,23 @@ def run(
             result = analyze(stage.root)
         write_reports(stage.root, result.reports())
     return Result(result.judgement, result.traces, root / "traces")
+
+
+def _add_matrices(engine: Engine, result: Result, stage: Layout) -> bool:
+    """Add the matrices of each first failure's op to its trace; returns whether any trace has one."""
+    failing = [
+        (judged, judged.first_failure)
+        for mode in result.judgement.modes.values()
+        for judged in mode.prompts
+        if judged.first_failure is not None
+    ]
+    for judged, first in failing:
+        trace = next(t for t in result.traces if t.path == judged.file)
+        left_out = add_constants(trace, engine.weights(first.layer, first.tensor), stage.traces)
+        if left_out:
+            with (stage.logs / trace.path.replace(".jsonl", ".log")).open("a", encoding="utf-8") as log:
+                log.writelines(f"{line}\n" for line in left_out)
+    return bool(failing)
 
 
 def make_plans(engine: Engine, prompts: Sequence[Prompt], options: RunOptions) -> list[Plan]:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from driftprobe.constants import constant_record, tensor_name
 from driftprobe.engines.base import Engine, Tapped
 from driftprobe.fingerprint import Array, Fingerprint, fingerprint, row_hashes, to_float64
-from driftprobe.payload import FOLDER, write_payloads
+from driftprobe.payload import payload_file, write_payloads
 from driftprobe.plan import Plan, sequence, tokens_needed
 from driftprobe.taps import CACHE_TAPS
-from driftprobe.trace import COST, Event, Header, PlannedRead, Record, Top, TraceWriter
+from driftprobe.trace import CONSTANTS, COST, Event, Header, PlannedRead, Record, Top, TraceWriter
 
 PAYLOAD_ARMS = "PDAE"
 """First letters of the arms whose tensors are kept whole: the rest, P', D' and N, are judged by their sketches."""
@@ -69,8 +70,13 @@ def capture(
                 elif _wanted(item, header):
                     writer.record(_record(item, plan, tokens, header, kept))
             progress(f"{arm.name} {'+'.join(str(c.stop - c.start) for c in arm.passes)} tokens")
+        if options.payload != "none":  # without its tensor a constant says nothing
+            for constant in engine.constants(layers):
+                record = constant_record(constant, header, trace_name(plan))
+                kept.setdefault(CONSTANTS, {})[tensor_name(record)] = constant.array
+                writer.record(record)
         for arm_name, arrays in kept.items():
-            write_payloads(folder / _payload_file(plan, arm_name), arrays)
+            write_payloads(folder / payload_file(trace_name(plan), arm_name), arrays)
         if plan.rung:
             took = round(1000 * (time.perf_counter() - started))
             writer.event(Event(event=COST, arm="", measured={"milliseconds": took}))
@@ -118,7 +124,7 @@ def _record(
     if header.payload != "none" and _keeps_payload(read.arm):
         name = f"{read.phase_name}.{read.step}.{'model' if item.layer is None else item.layer}.{item.tensor}"
         kept.setdefault(read.arm, {})[name] = item.array
-        reference = f"{_payload_file(plan, read.arm)}#{name}"
+        reference = f"{payload_file(trace_name(plan), read.arm)}#{name}"
     return Record(
         prompt=plan.prompt.name,
         phase=read.phase_name,
@@ -140,10 +146,6 @@ def _record(
 
 def _keeps_payload(arm: str) -> bool:
     return arm[0] in PAYLOAD_ARMS and not arm.endswith("'")
-
-
-def _payload_file(plan: Plan, arm: str) -> str:
-    return f"{FOLDER}/{trace_name(plan)}.{arm}.safetensors"
 
 
 def _top(logits: Array) -> Top | None:

@@ -16,10 +16,10 @@ import msgspec
 
 from driftprobe.errors import OutputError, TraceError
 from driftprobe.fingerprint import SKETCH_SIZE
-from driftprobe.trace_checks import header_faults, json_object, record_faults
+from driftprobe.trace_checks import CONSTANT_ARM, header_faults, json_object, record_faults
 
 SCHEMA = "driftprobe/trace/1"
-CONSTANTS = "W"
+CONSTANTS = CONSTANT_ARM
 """The arm of records that hold constants of the model, not results: `q_proj.weight`, `rope.inv_freq` of a layer."""
 MAX_LINE = 64 * 1024 * 1024
 """Bytes of the longest line that is read: a K row hash for each of 2 million positions fits."""

@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 
-from driftprobe.engines.base import Tapped
+from driftprobe.engines.base import Constant, Tapped
 from driftprobe.engines.hf.anatomy import dissect, text_config
 from driftprobe.engines.hf.cache import TupleCache, layer_count, new_cache, rows_heard, stored_rows
+from driftprobe.engines.hf.constants import constants_of
 from driftprobe.engines.hf.fused import same_bits
+from driftprobe.engines.hf.host import to_array
 from driftprobe.engines.hf.lifting import RUNG, Narrowings, lifted
 from driftprobe.engines.hf.noise import rounding_noise
 from driftprobe.engines.hf.planting import Site, cannot_act, plant
 from driftprobe.engines.hf.spy import Heard, Learned, Rows, Spy
 from driftprobe.engines.hf.trial import learn, taps_of, trial_length
+from driftprobe.engines.hf.weights import weights_of
 from driftprobe.errors import EngineError, ModelError, UsageError
 from driftprobe.faults import Expected
-from driftprobe.fingerprint import DTYPES, Array
 from driftprobe.plan import Arm, Pass, Phase, Read
 from driftprobe.taps import BY_NAME, execution_order
 from driftprobe.trace import EngineFacts, Event
@@ -120,6 +122,15 @@ class HFEngine:
                 if arm.keeps_rows_for is not None:
                     self._kept[arm.keeps_rows_for] = heard.cache
                 yield from _hand_out(heard, call.reads, self.anatomy.layers)
+
+    def constants(self, layers: frozenset[int]) -> Iterator[Constant]:
+        """Return the model's small constants; see Engine.constants."""
+        with self._evaluating():
+            yield from constants_of(self.model, self.anatomy, self._learned, layers)
+
+    def weights(self, layer: int | None, tensor: str) -> Iterator[Constant]:
+        """Return the matrices of the op behind a tap; see Engine.weights."""
+        yield from weights_of(self.model, self.anatomy, self._learned, layer, tensor)
 
     @property
     def rungs(self) -> tuple[str, ...]:
@@ -293,17 +304,6 @@ class HFEngine:
         finally:
             for module, training in before:  # one by one: parts of it may have been frozen
                 module.training = training
-
-
-def to_array(tensor: torch.Tensor) -> Array:
-    """Return a tensor as a NumPy array on the host, in its own dtype (bfloat16 and float8 through ml_dtypes)."""
-    host = tensor.detach().cpu().contiguous()
-    name = str(host.dtype).removeprefix("torch.")
-    if name.startswith(("bfloat16", "float8")):
-        width = torch.int16 if name == "bfloat16" else torch.uint8
-        return host.view(width).numpy().view(DTYPES[name])
-    array: Array = host.numpy()
-    return array
 
 
 def _hand_out(heard: Heard, reads: Sequence[Read], layers: Sequence[Any]) -> Iterator[Tapped]:
