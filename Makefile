@@ -1,5 +1,6 @@
 # make demo   set up into .venv, run both modes on the built-in model, print the verdict and where the report lies
 # make test   set up and run all tests        make check   format, lint, types        make clean   remove .venv
+# make accuracy   measure error rates on planted faults and benign variations; goes on where it was stopped
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test check clean setup calibrate
+.PHONY: demo test check clean setup calibrate accuracy
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml Makefile
@@ -32,6 +33,9 @@ check: $(STAMP)
 
 calibrate: $(STAMP)
 	$(BIN)/python tools/calibrate_limit.py
+
+accuracy: $(STAMP)
+	$(BIN)/python -m benchmarks.accuracy
 
 clean:
 	rm -rf $(VENV) build dist

@@ -58,6 +58,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "smollm3": Architecture("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
     "phi3": Architecture("Phi3", {"num_hidden_layers": 4}),
     "bloom": Architecture("Bloom", {"n_layer": 3, "n_head": 4}, tuple(_SIZES)[2:7], ("eager",)),
+    "mpt": Architecture("Mpt", {"d_model": 64, "n_layers": 3, "n_heads": 4, "max_seq_len": 256}, tuple(_SIZES)[1:7],
+                        ("eager",)),
     "opt": Architecture("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64}, _NO_GQA),
     "falcon": Architecture("Falcon", {"multi_query": True, "alibi": False}, _NO_GQA),
     "falcon_new": Architecture("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from driftprobe.compare import without_shift  # noqa: E402
 from driftprobe.engines.hf import HFEngine  # noqa: E402
 from driftprobe.engines.hf.lifting import Narrowings, lifted  # noqa: E402
 from driftprobe.errors import UsageError  # noqa: E402
@@ -119,8 +120,9 @@ def largest_drift(engine: HFEngine) -> float:
     largest = 0.0
     for arm in ("D", "E31"):
         for where, p in found["P"].items():
+            d = without_shift(p, found[arm][where]) if where[1] == "attn_scores" else found[arm][where]
             finite = np.isfinite(p)
-            largest = max(largest, float(np.linalg.norm((found[arm][where] - p)[finite]) / np.linalg.norm(p[finite])))
+            largest = max(largest, float(np.linalg.norm((d - p)[finite]) / np.linalg.norm(p[finite])))
     return largest
 
 

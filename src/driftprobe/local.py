@@ -64,9 +64,13 @@ class Bench:
         return None if array is None else to_float64(array)
 
     def roundoff(self, place: Place) -> float:
-        """Return the unit roundoff of what is stored at a place: the coarser record's, or a declared cast's."""
+        """Return the unit roundoff of what is stored at a place: the coarser record's, or a declared cast's.
+
+        Scores and probabilities may be recorded more finely than a kernel has computed them: in the model's own dtype.
+        """
         pair = self.pairs[place]
         dtypes = [r.dtype for r in (pair.reference, pair.candidate)] + [self.facts.casts.get(place[2])]
+        dtypes += [self.facts.dtype] if place[2] in {"attn_scores", "attn_probs"} else []
         dtypes += [dtype for name, dtype in self.facts.casts.items() if name not in BY_NAME]
         return max(UNIT_ROUNDOFF[dtype] for dtype in dtypes if dtype in UNIT_ROUNDOFF)
 

@@ -133,10 +133,17 @@ def scores_of(call: AttentionCall, row: int, low: int, high: int) -> tuple[Tenso
     """Return scores and probabilities `[H, S]` of one query row over key columns [low, high), or None."""
     if call.seen is not None:
         score, prob = (t[0, :, row, low:high] for t in call.seen)
+        if shifted(call):
+            score = _recompute(call, call.query_BHTD, call.key_BGSD, row, low, high)[0]  # type: ignore[arg-type]
         return masked_to_infinity(score), prob
     if call.query_BHTD is None or call.key_BGSD is None:
         return None
     return _recompute(call, call.query_BHTD, call.key_BGSD, row, low, high)
+
+
+def shifted(call: AttentionCall) -> bool:
+    """Whether what goes into the softmax is no score: with sinks, kernels take the row's maximum off it first."""
+    return call.sinks_H is not None and call.query_BHTD is not None and call.key_BGSD is not None
 
 
 def _recompute(

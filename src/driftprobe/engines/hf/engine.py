@@ -256,8 +256,8 @@ class HFEngine:
         for layer, source in kept.items():
             for stored, wanted in zip(stored_rows(cache, layer), (source.keys_GSD, source.values_GSD), strict=True):
                 aligned = wanted[:, : call.start][:, -stored.shape[2] :]
-                stored[0].copy_(aligned)
-                back = stored_rows(cache, layer)[0 if wanted is source.keys_GSD else 1][0]
+                stored[0, :, : aligned.shape[1]].copy_(aligned)  # a cache of fixed size has room behind them
+                back = stored_rows(cache, layer)[0 if wanted is source.keys_GSD else 1][0][:, : aligned.shape[1]]
                 different += int(_differing(back, aligned).any(dim=-1).any(dim=0).sum())
                 rows += aligned.shape[1]
         states, unlike = self._align_states(call.start, cache)
@@ -292,8 +292,12 @@ class HFEngine:
     def _some_tokens(self, count: int) -> list[int]:
         return [1 + i if 1 + i < self._vocabulary else 0 for i in range(count)]
 
+    def make_cache(self) -> Any:
+        """Return an empty cache object; another kind of cache is put in by putting another function here."""
+        return new_cache(self.model)
+
     def _cache(self) -> Any:
-        return TupleCache() if self._makes_tuples else new_cache(self.model)
+        return TupleCache() if self._makes_tuples else self.make_cache()
 
     def _hands_back_tuples(self) -> bool:
         """Whether the model leaves a Cache object empty, or fails on it: it is of the time before those."""
@@ -328,7 +332,8 @@ class HFEngine:
     def _noise(self, arm: Arm) -> AbstractContextManager[None]:
         if arm.noise_seed is None:
             return nullcontext()
-        return rounding_noise(self.model, arm.noise_seed, self._casts)
+        everywhere = {name: dtype for name, dtype in self._casts.items() if name not in BY_NAME}
+        return rounding_noise(self.model, arm.noise_seed, everywhere)  # a cache's cast is in no sum of products
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from driftprobe.engines.hf.attention import (
     attention_chunk,
     columns,
     scores_of,
+    shifted,
     sliding_window,
 )
 from driftprobe.engines.hf.fused import split
@@ -349,6 +350,8 @@ class Spy:
             heard.row_start[(layer, tensor)] = [start for _, _, start in spans]
         if call.seen is None:
             heard.recomputed |= {(layer, "attn_scores"), (layer, "attn_probs")}
+        elif shifted(call):
+            heard.recomputed.add((layer, "attn_scores"))
 
 
 def _with_weight(probs_HS: Tensor, span: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -1,0 +1,106 @@
+"""Every case that is measured, in a fixed order, and which of them are tuned on and which only reported.
+
+A case is one run of one model with one fault, one benign variation, or neither. Lengths, steps, kernels and weights
+take turns over the cases, so that every fault meets lengths on both sides of 16, 64 and the sliding window, without
+running all their products.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from benchmarks.accuracy import models
+from driftprobe.faults import FAULTS
+
+FAULT, BENIGN, CLEAN = "fault", "benign", "clean"
+LENGTHS = (5, 11, 12, 13, 15, 16, 17, 31, 33, 48, 63, 64, 65)
+QUICK = {FAULT: 70, BENIGN: 45, CLEAN: 15}
+STEPS = (1, 1, 1, 2, 4)
+SHORT_FOR_STEPS = 24
+"""Runs of more than one step keep to prompts of at most this many tokens: a prefill for each step and control."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One run that is measured."""
+
+    kind: str
+    """`fault`, `benign` or `clean`."""
+    name: str
+    architecture: str
+    dtype: str
+    kernel: str
+    length: int
+    steps: int
+    seed: int
+    strength: float | None = None
+    """None for what has no strength, and for a fault that is there or not."""
+
+    @property
+    def id(self) -> str:
+        """The case in one word, which `--replay` takes."""
+        name = self.name if self.strength is None else f"{self.name}@{self.strength:g}"
+        run = f"n{self.length}/k{self.steps}/s{self.seed}"
+        return f"{self.kind}:{name}/{self.architecture}/{self.dtype}/{self.kernel}/{run}"
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the case is only reported, never tuned on."""
+        return models.held_out(self.architecture, self.seed)
+
+    @property
+    def model(self) -> tuple[str, str, str, int]:
+        """What the case's model is built from."""
+        return self.architecture, self.dtype, self.kernel, self.seed
+
+
+def full() -> list[Case]:
+    """Return every case."""
+    return sorted(set(_all(repeats=2)), key=lambda case: (case.model, case.id))
+
+
+def quick() -> list[Case]:
+    """Return a fixed choice of the full set, so many of each kind as QUICK says, for the test suite."""
+    drawn = sorted((case for case in full() if case.steps <= 2), key=lambda case: _digest(case.id))
+    chosen = [case for kind, count in QUICK.items() for case in [c for c in drawn if c.kind == kind][:count]]
+    return sorted(chosen, key=lambda case: (case.model, case.id))
+
+
+def find(case_id: str) -> Case:
+    """Return a case by its id. Raises KeyError where there is none."""
+    return {case.id: case for case in full()}[case_id]
+
+
+def _all(repeats: int) -> Iterator[Case]:
+    from benchmarks.accuracy.benign import BENIGN as VARIATIONS
+
+    for architecture in models.architectures():
+        for dtype in models.DTYPES:
+            for turn in range(6 * repeats):
+                yield _turned(CLEAN, "none", None, architecture, dtype, turn)
+            for name in VARIATIONS:
+                for turn in range(repeats):
+                    yield _turned(BENIGN, name, None, architecture, dtype, turn)
+            for fault in FAULTS.values():
+                for strength in fault.strengths if len(fault.strengths) > 1 else (None,):
+                    yield _turned(FAULT, fault.name, strength, architecture, dtype, 0, fault.min_prompt)
+
+
+def _turned(
+    kind: str, name: str, strength: float | None, architecture: str, dtype: str, turn: int, least: int = 1
+) -> Case:
+    """Return a case whose other coordinates are drawn from its name: the same ones in every run."""
+    draw = int.from_bytes(_digest(f"{kind}/{name}/{strength}/{architecture}/{dtype}/{turn}")[:8], "big")
+    steps, draw = STEPS[draw % len(STEPS)], draw // len(STEPS)
+    lengths = [n for n in LENGTHS if n >= least and (steps == 1 or n <= max(SHORT_FOR_STEPS, least))] or [least]
+    length, draw = lengths[draw % len(lengths)], draw // len(lengths)
+    kernels = models.kernels(architecture)
+    kernel, draw = kernels[draw % len(kernels)], draw // len(kernels)
+    seeds = (*models.TUNED_SEEDS, *models.HELD_OUT_SEEDS)
+    return Case(kind, name, architecture, dtype, kernel, length, steps, seeds[draw % len(seeds)], strength)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()

@@ -1,0 +1,226 @@
+"""Runs one case: plants, captures once, judges with and without the ladder, asks other rules, measures the truth."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy import models, truth
+from benchmarks.accuracy.benign import BENIGN
+from benchmarks.accuracy.cases import BENIGN as BENIGN_KIND
+from benchmarks.accuracy.cases import FAULT, Case
+from benchmarks.accuracy.outcome import CANNOT_ACT, ERROR, OK, Answer, Outcome, RuleAnswer, Wanted
+from benchmarks.accuracy.rules import RULES, Tapped, ask
+from driftprobe.api import rung_of
+from driftprobe.capture import CaptureOptions, capture, choose_tokens
+from driftprobe.causes import agree
+from driftprobe.constants import add_constants
+from driftprobe.diagnose import diagnose
+from driftprobe.errors import UsageError
+from driftprobe.faults import FAULTS, Expected
+from driftprobe.judgement import Judgement, TraceJudgement
+from driftprobe.load import load_traces
+from driftprobe.payload import Payloads
+from driftprobe.plan import Mode, Plan, Prompt, at_rung, make_plan
+from driftprobe.taps import execution_order
+from driftprobe.trace import Trace
+from driftprobe.verdict import judge
+
+HARMLESS = "no MISMATCH"
+_CANNOT = ("the fault cannot act here", "the variation cannot act here")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One capture, read back and judged."""
+
+    traces: tuple[Trace, ...]
+    """The base trace first, then its rung's."""
+    payloads: Payloads
+    expected: Expected | None
+    black_box: Judgement
+    ladder: Judgement | None
+
+
+def measure(case: Case) -> Outcome:
+    """Return what a case comes to. Whatever goes wrong is an outcome too, and is counted."""
+    started = time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory(prefix="driftprobe-") as folder:
+            found = _measured(case, Path(folder))
+    except UsageError as error:
+        status = CANNOT_ACT if error.what in _CANNOT else ERROR
+        found = Outcome(case.id, status, f"{error.what}: {error.measured}"[:300])
+    except Exception as error:  # an error of any kind is a result of the measurement, not the end of it
+        found = Outcome(case.id, ERROR, f"{type(error).__name__}: {error}"[:300])
+    return replace(found, seconds=round(time.perf_counter() - started, 3))
+
+
+def _measured(case: Case, folder: Path) -> Outcome:
+    engine, plan = models.engine(*case.model), plan_of(case)
+    seen = _seen(case, engine, plan, folder)
+    wanted = _wanted(case, seen.expected)
+    base = truth.captured(seen.traces[0], seen.payloads)
+    rung = truth.captured(seen.traces[1], seen.payloads) if len(seen.traces) > 1 else {}
+    floors = change = None
+    if case.kind == FAULT:
+        floors, change = _strength(case, plan, seen, wanted, base, rung)
+    return Outcome(
+        case=case.id,
+        status=OK,
+        wanted=wanted,
+        black_box=_answer(seen.black_box, wanted),
+        ladder=None if seen.ladder is None else _answer(seen.ladder, wanted),
+        rules={rule.name: _rule_answer(rule, base, rung) for rule in RULES},
+        floors=floors,
+        change=change,
+        roundoff=truth.roundoff(seen.traces[-1].header.engine),
+    )
+
+
+def plan_of(case: Case) -> Plan:
+    """Return the plan of a case: one prompt, in the mode that has arm A."""
+    prompt = Prompt("case", models.tokens(case.length, case.seed))
+    return make_plan(Mode.KV_ALIGNED, prompt, steps=case.steps, seed=case.seed, max_positions=256)
+
+
+@contextmanager
+def kept(case: Case, engine: Any) -> Iterator[Expected | None]:
+    """Keep a case's fault or variation in an engine while the context lasts."""
+    if case.kind == FAULT:
+        with engine.plant(case.name, case.strength) as expected:
+            yield expected
+    elif case.kind == BENIGN_KIND:
+        with BENIGN[case.name].keep(engine):
+            yield None
+    else:
+        yield None
+
+
+def _seen(case: Case, engine: Any, plan: Plan, folder: Path) -> Seen:
+    if case.kind == BENIGN_KIND:
+        plan = BENIGN[case.name].plan(plan)
+    with kept(case, engine) as expected:
+        _capture(plan, engine, folder)
+        seen = _read(folder, expected)
+        return _read(folder, expected) if _add_matrices(engine, seen, folder) else seen
+
+
+def _read(folder: Path, expected: Expected | None) -> Seen:
+    """Read the traces of a folder and judge them, without the ladder's and with it."""
+    traces = tuple(sorted(load_traces(folder), key=lambda trace: trace.header.rung))
+    payloads = Payloads(folder)
+    return Seen(traces, payloads, expected, _judged(traces[:1], payloads),
+                _judged(traces, payloads) if len(traces) > 1 else None)  # fmt: skip
+
+
+def _add_matrices(engine: Any, seen: Seen, folder: Path) -> bool:
+    """Add the matrices of the op that failed to the trace that a diagnosis reads, as a run does; whether any was."""
+    by_file = {trace.path: trace for trace in seen.traces}
+    failing = {}
+    for judgement in filter(None, (seen.black_box, seen.ladder)):
+        judged = _only(judgement)
+        if judged.first_failure is not None:
+            failing[judged.decided_by.file] = judged.first_failure
+    for file, first in failing.items():
+        add_constants(by_file[file], engine.weights(first.layer, first.tensor), folder)
+    return bool(failing)
+
+
+def _capture(plan: Plan, engine: Any, folder: Path) -> None:
+    """Write the plan's trace, and the trace of the ladder's rung where the engine has one."""
+    tokens, settings = choose_tokens(plan, engine), CaptureOptions(payload="all")
+    capture(plan, engine, tokens, folder, settings, _untold)
+    rung = rung_of(engine, "auto")
+    if rung:
+        with engine.at(rung):
+            capture(at_rung(plan, rung), engine, tokens, folder, settings, _untold)
+
+
+def _untold(_line: str) -> None:
+    """Take a line of progress that nobody waits for."""
+
+
+def _judged(traces: tuple[Trace, ...], payloads: Payloads) -> Judgement:
+    return diagnose(judge(traces, payloads), traces, payloads)
+
+
+def _wanted(case: Case, expected: Expected | None) -> Wanted:
+    if expected is None:
+        return Wanted(HARMLESS)
+    fault = FAULTS[case.name]
+    return Wanted(fault.verdict, expected.layer, expected.tensor, expected.reading, expected.cause,
+                  dict(expected.parameters), fault.family)  # fmt: skip
+
+
+def _answer(judgement: Judgement, wanted: Wanted) -> Answer:
+    judged = _only(judgement)
+    first = judged.first_failure
+    found = None if first is None else first.diagnosis
+    verdict = judged.verdict.value
+    detected = verdict == ("MISMATCH" if wanted.verdict == HARMLESS else wanted.verdict)
+    cause, parameters = ("", {}) if found is None else (found.cause, dict(found.parameters))
+    tap = (None, None) if first is None else (first.layer, first.tensor)
+    return Answer(
+        verdict=verdict,
+        reason=judged.reason,
+        layer=tap[0],
+        tensor=tap[1],
+        reading=judged.reading.value,
+        cause=cause,
+        parameters=parameters,
+        detected=detected,
+        tap_exact=detected and tap == (wanted.layer, wanted.tensor),
+        cause_exact=bool(cause) and cause == wanted.cause and agree(cause, wanted.parameters, parameters),  # type: ignore[arg-type]
+        reading_exact=judged.reading.value == wanted.reading,
+    )
+
+
+def _only(judgement: Judgement) -> TraceJudgement:
+    (mode,) = judgement.modes.values()
+    (judged,) = mode.prompts
+    return judged
+
+
+def _strength(
+    case: Case, plan: Plan, seen: Seen, wanted: Wanted, base: truth.Taps, rung: truth.Taps
+) -> tuple[float | None, float]:
+    """Return how many floors a fault is at its first tap, and the largest change it makes at the highest precision."""
+    clean = _clean(case, plan, seen)
+    changed = truth.changes(clean[0], base)
+    highest = truth.changes(clean[1], rung) if rung else changed
+    judged = _only(seen.black_box)
+    floor = next((c.floor.value for c in judged.cells if (c.layer, c.tensor) == (wanted.layer, wanted.tensor)), None)
+    floors = truth.at(changed, wanted.layer, wanted.tensor) / floor if floor else None
+    return floors, max(highest.values(), default=0.0)
+
+
+def _clean(case: Case, plan: Plan, seen: Seen) -> list[truth.Taps]:
+    """Return the taps of the clean model, made anew, over the very tokens of the run; then those at its rung."""
+    engine, tokens = models.engine(*case.model), seen.traces[0].header.token_ids
+    found: list[truth.Taps] = [truth.run_clean(engine, plan, tokens)]
+    for trace in seen.traces[1:]:
+        with engine.at(trace.header.rung):
+            found.append(truth.run_clean(engine, plan, tokens))
+    return found
+
+
+def _rule_answer(rule: Any, base: truth.Taps, rung: truth.Taps) -> RuleAnswer | None:
+    found = ask(rule, _tapped(base, rung))
+    return None if found is None else RuleAnswer(found.detected, found.layer, found.tensor)
+
+
+def _tapped(base: truth.Taps, rung: Mapping[truth.Place, Any]) -> Iterator[Tapped]:
+    places: Sequence[truth.Place] = sorted(
+        (place for place in base if place[0] == "P"), key=lambda p: (p[1], execution_order(p[2], p[3]))
+    )
+    for _, step, layer, tensor in places:
+        candidate = base.get(("D", step, layer, tensor))
+        if candidate is not None:
+            place = ("P", step, layer, tensor)
+            yield Tapped(layer, tensor, base[place], candidate, rung.get(place))

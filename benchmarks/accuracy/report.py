@@ -1,0 +1,234 @@
+"""Writes the rates down: docs/accuracy.md for people, docs/accuracy.json with every case for programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.accuracy import models, score
+from benchmarks.accuracy.cases import BENIGN, CLEAN, FAULT
+from benchmarks.accuracy.outcome import CANNOT_ACT, ERROR, OK, Answer
+from benchmarks.accuracy.rules import RULES
+from benchmarks.accuracy.score import BLACK_BOX, LADDER, Rate, Row, Scored
+
+SHOWN = 40
+"""Misses that the page lists; the JSON has them all."""
+
+
+def markdown(scored: Sequence[Scored], versions: str, missing: int) -> str:
+    """Return the page."""
+    parts = [
+        "# Accuracy",
+        "",
+        "How often driftprobe is right, measured on planted faults and on benign variations in many small models, "
+        "beside the rules that others use, on the same captured tensors. `make accuracy` measures what is missing and "
+        "writes this page and [accuracy.json](accuracy.json), which has every case. Nothing here is typed by hand.",
+        "",
+        f"Measured with {versions}." + (f" {missing} cases of the full set are not measured yet." if missing else ""),
+        "",
+        *_counts(scored),
+        "## The bar",
+        "",
+        *_bar(scored),
+        "## Beside other rules",
+        "",
+        *_rules(scored),
+        *_settings(scored),
+        "## Benign variations",
+        "",
+        *_benign(scored),
+        "## Misses",
+        "",
+        *_misses(scored),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _counts(scored: Sequence[Scored]) -> list[str]:
+    states = Counter((item.case.kind, item.outcome.status) for item in scored)
+    rows = [
+        [kind, *(f"{states[(kind, status)]:,}" for status in (OK, CANNOT_ACT, ERROR))]
+        for kind in (FAULT, BENIGN, CLEAN)
+    ]
+    seconds = sum(item.outcome.seconds for item in scored)
+    return [
+        *_table(["kind", "measured", "cannot act there", "errors"], rows),
+        f"{seconds / 3600:.2f} hours of one core, {seconds / max(len(scored), 1):.2f} s a case. "
+        f"Tuned on: {', '.join(models.TUNED)} with seeds {_words(models.TUNED_SEEDS)}. "
+        f"Held out, only reported: {', '.join(models.HELD_OUT)}, and every model with seeds "
+        f"{_words(models.HELD_OUT_SEEDS)}.",
+        "",
+        "*cannot act there*: the fault or variation changes not one bit in that model (a position fault without "
+        "positions, a router tie without a router) and is refused with its reason.",
+        "",
+    ]
+
+
+def _bar(scored: Sequence[Scored]) -> list[str]:
+    rows = [[t.what, t.target, _rate(t.reached), "met" if t.met else "**missed**"] for t in score.targets(scored)]
+    for name, theirs, ours, better in score.beaten(scored):
+        rows.append(
+            [
+                f"beats {name} at equal or fewer false alarms",
+                f"{_percent(theirs.detection)} detected, {theirs.false_alarms.hits} alarms",
+                f"{_percent(ours.detection)} detected, {ours.false_alarms.hits} alarms",
+                "met" if better else "**missed**",
+            ]
+        )
+    return _table(["", "target", "reached", ""], rows)
+
+
+def _rules(scored: Sequence[Scored]) -> list[str]:
+    sources = [f"- **{rule.name}**: {rule.source}." for rule in RULES]
+    return [
+        "Faults that change some tap by more than 100 × the roundoff of the highest precision measured. Rates with "
+        "their Wilson 95 % intervals. A rule sees every tap's pair of prefill and decode in order of execution, or the "
+        "logits alone where it is a rule of logits.",
+        "",
+        *_table(_HEAD, [_row(score.row(rule, scored)) for rule in score.asked()]),
+        *sources,
+        "",
+    ]
+
+
+_HEAD = ["rule", "detected", "false alarms", "first tap exact", "diagnosis exact"]
+
+
+def _row(found: Row) -> list[str]:
+    ours = found.rule in (LADDER, BLACK_BOX)
+    return [
+        f"**{found.rule}**" if ours else found.rule,
+        _rate(found.detection),
+        _rate(found.false_alarms),
+        _rate(found.first_tap),
+        _rate(found.diagnosis) if ours else "none given",
+    ]
+
+
+_CUTS: tuple[tuple[str, Callable[[Scored], str]], ...] = (
+    ("dtype", lambda item: item.case.dtype),
+    ("family", lambda item: item.family),
+    ("strength in floors", lambda item: item.strength),
+    ("architecture", lambda item: item.case.architecture),
+    ("tuned or held out", lambda item: "held out" if item.case.held_out else "tuned"),
+)
+
+
+def _settings(scored: Sequence[Scored]) -> list[str]:
+    found = []
+    faults = [item for item in scored if item.case.kind == FAULT]
+    for title, key in _CUTS:
+        chosen = faults if title in ("family", "strength in floors") else scored
+        rows = []
+        for name, members in score.groups(chosen, key).items():
+            for setting in (LADDER, BLACK_BOX):
+                one = score.row(setting, members, counts=lambda item: item.is_fault and item.visible)
+                if one.detection.of or one.false_alarms.of:
+                    rows.append([name, "on" if setting == LADDER else "off", *_row(one)[1:]])
+        found += [f"## By {title}", "", *_table([title, "ladder", *_HEAD[1:]], rows)]
+    return found
+
+
+def _benign(scored: Sequence[Scored]) -> list[str]:
+    rows = []
+    for name, members in score.groups([s for s in scored if s.case.kind != FAULT], lambda s: s.case.name).items():
+        counts = [score.row(rule, members).false_alarms for rule in score.asked()]
+        title = "nothing at all" if name == "none" else name
+        rows.append([title, str(max(count.of for count in counts)), *(f"{count.hits}" for count in counts)])
+    return ["False alarms, by variation and rule.", "", *_table(["variation", "runs", *score.asked()], rows)]
+
+
+def _misses(scored: Sequence[Scored]) -> list[str]:
+    found = score.misses(scored)
+    errors = [item for item in scored if item.outcome.status == ERROR]
+    kinds = Counter((kind, item.case.name) for kind, item, _ in found)
+    if not found and not errors:
+        return ["None.", ""]
+    summary = [[kind, name, str(count)] for (kind, name), count in kinds.most_common()]
+    rows = [[kind, f"`{item.case.id}`", _said(answer), _must(item)] for kind, item, answer in found[:SHOWN]]
+    rows += [["error", f"`{item.case.id}`", item.outcome.detail, ""] for item in errors[:SHOWN]]
+    return [
+        *_table(["miss", "fault or variation", "runs"], summary),
+        f"{len(found)} misses and {len(errors)} errors, the first {min(len(found), SHOWN)} and "
+        f"{min(len(errors), SHOWN)} of them here. `python -m benchmarks.accuracy --replay ID` runs one again.",
+        "",
+        *_table(["miss", "case", "found", "must be"], rows),
+    ]
+
+
+def _said(answer: Answer) -> str:
+    parameters = ", ".join(f"{name} {value}" for name, value in answer.parameters.items())
+    return f"{answer.verdict}, {_place(answer.layer, answer.tensor)}, {answer.cause or 'no cause'} {parameters}".strip()
+
+
+def _must(item: Scored) -> str:
+    wanted = item.outcome.wanted
+    assert wanted is not None
+    if item.case.kind != FAULT:
+        return wanted.verdict
+    parameters = ", ".join(f"{name} {value}" for name, value in wanted.parameters.items())
+    floors = "" if item.outcome.floors is None else f"; {item.outcome.floors:.3g} floors"
+    return f"{wanted.verdict}, {_place(wanted.layer, wanted.tensor)}, {wanted.cause} {parameters}".strip() + floors
+
+
+def _place(layer: int | None, tensor: str | None) -> str:
+    if tensor is None:
+        return "no tap"
+    return tensor if layer is None else f"layer {layer} {tensor}"
+
+
+def _rate(found: Rate) -> str:
+    if not found.of:
+        return "–"
+    return f"{_percent(found)} ({found.hits:,}/{found.of:,}; {found.low:.1%}–{found.high:.1%})"
+
+
+def _percent(found: Rate) -> str:
+    return "–" if found.value is None else f"{found.value:.2%}"
+
+
+def _words(numbers: Sequence[int]) -> str:
+    return " and ".join(map(str, numbers))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines += [f"| {' | '.join(cell.replace('|', '∣') for cell in row)} |" for row in rows]
+    return [*lines, ""]
+
+
+def as_json(scored: Sequence[Scored], versions: str, missing: int) -> bytes:
+    """Return everything that was measured, case by case, and the bar."""
+    body = {
+        "schema": "driftprobe/accuracy/1",
+        "versions": versions,
+        "not_measured": missing,
+        "targets": [
+            {"what": t.what, "target": t.target, "hits": t.reached.hits, "of": t.reached.of, "low": t.reached.low,
+             "high": t.reached.high, "met": t.met}
+            for t in score.targets(scored)
+        ],
+        "rules": {rule: score.row(rule, scored) for rule in score.asked()},
+        "misses": [{"kind": kind, "case": item.case.id} for kind, item, _ in score.misses(scored)],
+        "cases": [{"held_out": item.case.held_out, **msgspec.to_builtins(item.outcome)} for item in scored],
+    }  # fmt: skip
+    return msgspec.json.format(msgspec.json.encode(_finite(msgspec.to_builtins(body))), indent=0)
+
+
+def _finite(value: object) -> object:
+    """Return the value with infinities as words: JSON has none."""
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return "inf" if value > 0 else "-inf"
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def write(scored: Sequence[Scored], versions: str, missing: int, folder: Path) -> None:
+    """Write both files into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "accuracy.md").write_text(markdown(scored, versions, missing), encoding="utf-8")
+    (folder / "accuracy.json").write_bytes(as_json(scored, versions, missing) + b"\n")

@@ -1,0 +1,252 @@
+"""The measurement: its rules, its rates, its book-keeping, and a small part of it run for real."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("scipy")
+
+import ml_dtypes
+
+from benchmarks.accuracy import cases, models, report, run, score, store, truth
+from benchmarks.accuracy.benign import BENIGN
+from benchmarks.accuracy.cases import Case
+from benchmarks.accuracy.measure import measure, plan_of
+from benchmarks.accuracy.outcome import OK, Answer, Outcome, RuleAnswer, Wanted
+from benchmarks.accuracy.rules import RULES, Tapped, ask
+from benchmarks.accuracy.score import BLACK_BOX, LADDER, Scored
+from driftprobe.capture import choose_tokens
+
+BY_NAME = {rule.name: rule for rule in RULES}
+CASE = Case("fault", "attn_scale", "llama", "float32", "eager", 17, 1, 0, 1.01)
+
+
+def pair(reference: object, candidate: object, wide: object = None, tensor: str = "logits") -> Tapped:
+    return Tapped(
+        None, tensor, np.asarray(reference), np.asarray(candidate), None if wide is None else np.asarray(wide)
+    )
+
+
+def says(rule: str, tap: Tapped) -> bool | None:
+    found = ask(BY_NAME[rule], [tap])
+    return None if found is None else found.detected
+
+
+ONE = np.linspace(0.1, 1.0, 10, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("rule", "passes", "fails"),
+    [
+        ("hash equality", ONE, np.nextafter(ONE, np.float32(2))),
+        ("assert_close", ONE * np.float32(1 + 1e-6), ONE * np.float32(1 + 1e-4)),
+        ("allclose 1e-5", ONE * np.float32(1 + 5e-6), ONE * np.float32(1 + 2e-5)),
+        ("calc_diff 1e-3", ONE * np.float32(1.04), ONE * np.float32(1.05)),  # 1 − 2c/(1 + c²): 7.7e-4 and 1.2e-3
+        ("logits NMSE 1e-2", ONE * np.float32(1.09), ONE * np.float32(1.11)),
+        ("top-1 agreement", ONE * 7, ONE[::-1]),
+    ],
+)
+def test_each_rule_passes_below_its_limit_and_fails_above(rule: str, passes: np.ndarray, fails: np.ndarray) -> None:
+    assert says(rule, pair(ONE, passes)) is False
+    assert says(rule, pair(ONE, fails)) is True
+
+
+def test_rules_with_a_wide_reference_judge_errors_by_the_reference_s_own() -> None:
+    wide = np.linspace(0.1, 1.0, 10)
+    reference = (wide * (1 + 1e-2)).astype(np.float32)
+    for rule, factor in (("2 × reference error", 2.0), ("compiler check", 2.0)):
+        assert says(rule, pair(reference, (wide * (1 + 0.9e-2 * factor)).astype(np.float32), wide)) is False, rule
+        assert says(rule, pair(reference, (wide * (1 + 4e-2 * factor)).astype(np.float32), wide)) is True, rule
+        assert says(rule, pair(reference, reference)) is None, rule
+
+
+def test_masked_scores_are_equal_and_a_mask_on_one_side_is_not() -> None:
+    masked = np.array([1.0, -np.inf, 2.0], dtype=np.float32)
+    for rule in RULES:
+        if not rule.only:
+            assert says(rule.name, pair(masked, masked.copy(), masked.astype(np.float64))) is False, rule.name
+            seen = np.array([1.0, 0.5, 2.0], dtype=np.float32)
+            assert says(rule.name, pair(masked, seen, masked.astype(np.float64))) is True, rule.name
+
+
+def test_assert_close_takes_each_dtype_s_own_tolerance() -> None:
+    for dtype, relative in ((ml_dtypes.bfloat16, 1.6e-2), (np.float16, 1e-3)):
+        near = (ONE.astype(np.float64) * (1 + relative / 4)).astype(dtype)
+        assert says("assert_close", pair(ONE.astype(dtype), near)) is False
+        assert says("assert_close", pair(ONE.astype(dtype), (ONE * (1 + 4 * relative)).astype(dtype))) is True
+
+
+def test_a_rule_names_the_first_tap_that_breaks_it() -> None:
+    taps = [Tapped(0, "q_proj", ONE, ONE), Tapped(0, "q_rope", ONE, 2 * ONE), Tapped(0, "attn_out", ONE, 3 * ONE)]
+    found = ask(BY_NAME["calc_diff 1e-3"], taps)
+    assert found is not None
+    assert (found.layer, found.tensor) == (0, "q_rope")
+    assert ask(BY_NAME["top-1 agreement"], taps) is None, "a rule of logits has nothing to say without them"
+
+
+def test_wilson_intervals_are_the_published_ones() -> None:
+    # Newcombe (1998), "Two-sided confidence intervals for the single proportion", method 3 of table I
+    for (hits, of), (low, high) in {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0.0, 0.1611),
+                                    (1, 29): (0.0061, 0.1718)}.items():  # fmt: skip
+        found = score.rate(hits, of)
+        assert (round(found.low, 4), round(found.high, 4)) == (low, high)
+    assert score.rate(0, 0).value is None
+
+
+def test_cases_are_the_same_in_every_run_and_unique() -> None:
+    everything = cases.full()
+    assert everything == cases.full()
+    assert len({case.id for case in everything}) == len(everything)
+    assert cases.find(everything[7].id) == everything[7]
+    assert {case.id for case in cases.quick()} <= {case.id for case in everything}
+
+
+def test_every_fault_and_variation_is_measured_in_every_architecture_and_dtype() -> None:
+    from driftprobe.faults import FAULTS
+
+    everything = cases.full()
+    where = {(case.kind, case.name, case.architecture, case.dtype) for case in everything}
+    for architecture in models.architectures():
+        for dtype in models.DTYPES:
+            for kind, names in (("fault", FAULTS), ("benign", BENIGN)):
+                assert all((kind, name, architecture, dtype) in where for name in names)
+    for low, high in ((0, models.WINDOW), (models.WINDOW, 16), (16, 64), (64, 100)):
+        assert any(low <= case.length < high for case in everything)
+
+
+def test_what_is_tuned_on_and_what_is_held_out_never_meet() -> None:
+    assert not set(models.TUNED) & set(models.HELD_OUT)
+    assert not set(models.TUNED_SEEDS) & set(models.HELD_OUT_SEEDS)
+    for case in cases.full():
+        known = case.architecture in models.TUNED and case.seed in models.TUNED_SEEDS
+        assert case.held_out is not known
+
+
+def outcome(case: Case, **said: object) -> Outcome:
+    wanted = Wanted("MISMATCH", 0, "attn_scores", "computation", "score_scale", {"factor": 1.01}, "scores")
+    ours = Answer("MISMATCH", "", 0, "attn_scores", "computation", "score_scale", {"factor": 1.0099}, True, True, True)
+    return Outcome(case.id, OK, "", 0.1, wanted, ours, None, {"hash equality": RuleAnswer(True, 0, "embed")},
+                   **{"floors": 20.0, "change": 1e-2, "roundoff": 6e-8, **said})  # type: ignore[arg-type]  # fmt: skip
+
+
+def test_rates_count_visible_faults_and_first_taps() -> None:
+    faint = [Scored(CASE, outcome(CASE)), Scored(CASE, outcome(CASE, change=1e-6))]
+    ours, theirs = score.row(BLACK_BOX, faint), score.row("hash equality", faint)
+    assert (ours.detection.hits, ours.detection.of, ours.first_tap.hits, ours.diagnosis.hits) == (1, 1, 1, 1)
+    assert (theirs.detection.hits, theirs.first_tap.hits, theirs.diagnosis.hits) == (1, 0, 0)
+    assert score.row(LADDER, faint).detection.of == 0
+    assert faint[0].strength == "> 10"
+
+
+def test_what_is_not_as_it_must_be_is_a_miss() -> None:
+    wrong = outcome(CASE)
+    wrong = Outcome(**{**{name: getattr(wrong, name) for name in wrong.__slots__},
+                       "black_box": Answer("STRUCTURAL_DRIFT")})  # fmt: skip
+    assert [kind for kind, _, _ in score.misses([Scored(CASE, wrong)])] == ["not detected"]
+    harmless = Case("benign", "threads", "llama", "float32", "eager", 17, 1, 0)
+    alarm = Outcome(harmless.id, OK, wanted=Wanted("no MISMATCH"), black_box=Answer("MISMATCH", detected=True))
+    scored = [Scored(harmless, alarm)]
+    assert [kind for kind, _, _ in score.misses(scored)] == [f"false alarm ({BLACK_BOX})"]
+    assert score.targets(scored)[0].reached.hits == 1
+    assert harmless.id in report.markdown(scored, "", 0)
+
+
+def test_a_stopped_measurement_goes_on_where_it_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.accuracy import measure as module
+
+    asked: list[str] = []
+
+    def counted(case: Case) -> Outcome:
+        asked.append(case.id)
+        return Outcome(case.id, OK)
+
+    monkeypatch.setattr(module, "measure", counted)
+    results, chosen = tmp_path / "results.jsonl", cases.full()[:4]
+    run.run(chosen[:2], results, 1, lambda _: None)
+    with results.open("ab") as file:
+        file.write(b'{"sources": "cut o')  # the program was stopped while it wrote
+    done = run.run(chosen, results, 1, lambda _: None)
+    assert asked == [case.id for case in chosen]
+    assert set(done) == set(asked)
+    assert set(store.read(results, store.digest())) == set(asked)
+    assert store.read(results, "another version") == {}
+
+
+def test_the_digest_tells_sources_apart(tmp_path: Path) -> None:
+    for name in store.SOURCES:
+        place = tmp_path / name
+        place = place if place.suffix else place / "a.py"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("1")
+    before = store.digest(tmp_path)
+    assert store.digest(tmp_path) == before
+    (tmp_path / "src/driftprobe/a.py").write_text("2")
+    assert store.digest(tmp_path) != before
+
+
+def test_an_infinite_change_is_written_as_a_word() -> None:
+    body = report.as_json([Scored(CASE, outcome(CASE, change=math.inf))], "", 0)
+    assert b'"change": "inf"' in body
+
+
+def test_the_quick_choice_runs_without_an_error_a_false_alarm_or_a_missed_fault(tmp_path: Path) -> None:
+    """One test: a second one would measure all of it again in the other worker."""
+    chosen = cases.quick()
+    done = run.run(chosen, tmp_path / "results.jsonl", 1, lambda _: None)
+    measured = [Scored(case, done[case.id]) for case in chosen]
+    assert [s.outcome.detail for s in measured if s.outcome.status == "error"] == []
+    assert sum(s.outcome.status == OK for s in measured) > len(measured) / 2
+    assert sum(s.visible for s in measured) > len(measured) / 5
+    kinds = {
+        kind: [s.case.id for k, s, _ in score.misses(measured) if k == kind] for kind, _, _ in score.misses(measured)
+    }
+    wrong = {kind: found for kind, found in kinds.items() if kind.startswith(("false alarm", "not detected"))}
+    assert wrong == {}
+
+
+_FINE = ("cache_bfloat16", "cache_float16", "split_qkv", "transposed_weights")
+"""Variations that a bfloat16 model of this size rounds away."""
+
+
+_MAY_CHANGE_NOTHING = {"static_cache", "threads", "chunks_16", "chunks_7", "fused_qkv"}
+
+
+@pytest.mark.parametrize("name", sorted(set(BENIGN) - _MAY_CHANGE_NOTHING))
+def test_a_variation_does_vary_and_leaves_the_engine_as_it_was(name: str) -> None:
+    """A variation that changes not one bit anywhere would be no test."""
+    architecture = {"split_qkv": "phi3", "router_tie": "qwen3_moe"}.get(name, "llama")
+    dtype = "float32" if name in _FINE else "bfloat16"
+    case = Case("benign", name, architecture, dtype, "eager", 17, 1, 0)
+    engine, plan = models.engine(*case.model), plan_of(case)
+    tokens = choose_tokens(plan, engine)
+    before = truth.run_clean(engine, plan, tokens)
+    with BENIGN[name].keep(engine):
+        varied = truth.run_clean(engine, plan, tokens)
+    after = truth.run_clean(engine, plan, tokens)
+    assert max(truth.changes(before, varied).values()) > 0.0
+    assert max(truth.changes(before, after).values()) == 0.0
+    assert engine.facts.casts == {}
+
+
+def test_chunks_feed_the_whole_prompt_and_leave_what_is_read_alone() -> None:
+    plan = plan_of(Case("benign", "chunks_7", "llama", "float32", "eager", 17, 2, 0))
+    chunked = BENIGN["chunks_7"].plan(plan)
+    by_name = {arm.name: arm for arm in chunked.arms}
+    assert [(call.start, call.stop) for call in by_name["D"].passes[:3]] == [(0, 7), (7, 14), (14, 17)]
+    assert chunked.reads == plan.reads
+    assert [arm for arm in chunked.arms if arm.name == "P"] == [arm for arm in plan.arms if arm.name == "P"]
+
+
+def test_the_clean_model_is_the_measure_of_a_fault() -> None:
+    strong, weak = (
+        measure(Case("fault", "norm_epsilon", "llama", "float32", "eager", 17, 1, 0, s)) for s in (1e-1, 1e-3)
+    )
+    assert strong.floors is not None
+    assert weak.floors is not None
+    assert strong.floors > 30 * weak.floors > 30
