@@ -57,16 +57,17 @@ def test_a_clean_run_keeps_its_logits_alone(tmp_path):
     assert before.verdict is after.verdict is Verdict.NO_DRIFT
 
 
-def test_a_failing_run_keeps_what_failed(tmp_path):
+def test_a_failing_run_keeps_what_failed_and_the_layer_that_failed_first(tmp_path):
     before, after, kept = pruned(tmp_path, drifting(0.1, D, (1, "q_proj"), caches=False))
-    assert kept == {(1, "q_proj"), (1, "x_out"), (None, "final_norm"), (None, "logits")}
+    assert kept == {(1, tap) for tap in TAPS} | {(None, "final_norm"), (None, "logits")}
     assert before.verdict is after.verdict is Verdict.MISMATCH
     assert before.first_failure == after.first_failure
 
 
 def test_a_failing_cache_keeps_the_rows_of_every_layer(tmp_path):
     _, after, kept = pruned(tmp_path, drifting(0.1, D, (1, "k_cache")))
-    assert (0, "k_cache") in kept
+    assert {(0, "k_cache"), (0, "v_cache"), (1, "v_cache")} <= kept  # K may stand where V belongs
+    assert (0, "q_proj") not in kept
     assert after.rows
 
 

@@ -9,7 +9,7 @@ from driftprobe.fingerprint import Array
 from driftprobe.judgement import Cell, Status, TraceJudgement
 from driftprobe.payload import Payloads, write_payloads
 from driftprobe.taps import CACHE_TAPS
-from driftprobe.trace import Record, Trace, TraceWriter
+from driftprobe.trace import CONSTANTS, Record, Trace, TraceWriter
 
 _Where = tuple[int, int | None, str]
 
@@ -54,11 +54,22 @@ KEPT_FROM = 0.5
 
 
 def _wanted(judged: TraceJudgement) -> set[_Where]:
-    """Return the places whose whole tensors are needed: failures, near ones, and all rows of a failing cache tap."""
+    """Return the places whose whole tensors are needed, to judge again as before and to diagnose the first failure.
+
+    They are the failures and near ones; every tap of the layer that fails first, which holds the inputs of the failing
+    op and what it is compared with; where a cache tap fails, K and V rows of all layers; and of a failure behind the
+    layers what leads to it.
+    """
     cells = (*judged.cells, *judged.aligned_cells)
     failing: set[_Where] = {(c.step, c.layer, c.tensor) for c in cells if c.status is Status.FAIL or _close(c)}
-    caches = {(step, tensor) for step, _, tensor in failing if tensor in CACHE_TAPS}
-    return failing | {(c.step, c.layer, c.tensor) for c in cells if (c.step, c.tensor) in caches}
+    caches = {step for step, _, tensor in failing if tensor in CACHE_TAPS}
+    rows: set[_Where] = {(c.step, c.layer, c.tensor) for c in cells if c.tensor in CACHE_TAPS and c.step in caches}
+    first = judged.failures[0] if judged.failures else None
+    if first is None:
+        return failing | rows
+    last = max((c.layer for c in cells if c.layer is not None), default=None)
+    near: set[_Where] = {(c.step, c.layer, c.tensor) for c in cells if c.step == first.step and c.layer == first.layer}
+    return failing | rows | near | ({(first.step, last, "x_out")} if first.layer is None else set())
 
 
 def _close(cell: Cell) -> bool:
@@ -66,4 +77,4 @@ def _close(cell: Cell) -> bool:
 
 
 def _needed(record: Record, wanted: set[_Where]) -> bool:
-    return record.tensor == "logits" or (record.step, record.layer, record.tensor) in wanted
+    return record.arm == CONSTANTS or record.tensor == "logits" or (record.step, record.layer, record.tensor) in wanted

@@ -51,10 +51,13 @@ def _cause_of_moved(check: RowCheck, newest: int) -> tuple[str, Parameters] | No
 
 
 def offset_of(check: RowCheck) -> int | None:
-    """Return by how many slots all moved rows are off, counted round the rows that were compared; None if they differ.
+    """Return by how many slots all moved rows are off, if need be round the end of the rows; None if they differ.
 
     Positive: a row stands behind its own place.
     """
+    straight = {position - source for position, source in check.moved}
+    if len(straight) == 1:
+        return straight.pop()
     count = max(check.compared, 1)
     offsets = {(position - source) % count for position, source in check.moved}
     if len(offsets) != 1:

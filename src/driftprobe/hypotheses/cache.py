@@ -216,9 +216,6 @@ def _unrotated(rows: Rows) -> Iterator[Prediction]:
         yield rows.predict("cache_unrotated", {}, rows.cached_only(turned))
 
 
-Pairing = Callable[[int], tuple[Float64, Float64]]
-
-
 def _halves(dims: int) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(dims // 2), np.arange(dims // 2, dims)
 
@@ -231,18 +228,21 @@ def _seen_frequencies(rows: Rows, paired: Callable[[int], tuple[np.ndarray, np.n
     """Return the frequencies by which prefill's keys are turned against decode's, None unless the first is 1.
 
     The first frequency of RoPE is base^0 = 1 whatever its base, so that keys rotated with another base or for another
-    position are not taken for unrotated ones. A frequency is read off the rows one after another, which settles the
-    whole turns of each by the rows before it.
+    position are not taken for unrotated ones. A frequency is read off the turn from row to row; each further row makes
+    it finer, and the rows before settle its whole turns. Dimensions that no row has turned are not rotated.
     """
-    dims = rows.prefill_SGD.shape[2] // 2 * 2
-    if rows.start + rows.cached < 2 or rows.start > 0:
+    changed = (rows.prefill_SGD != rows.decode_SGD)[: rows.cached].any(axis=(0, 1))
+    dims = int(np.flatnonzero(changed).max(initial=-1)) + 1
+    if rows.cached < 2 or dims < 2 or dims % 2:
         return None
     first, second = paired(dims)
     p, d = (x[: rows.cached, :, first] + 1j * x[: rows.cached, :, second] for x in (rows.prefill_SGD, rows.decode_SGD))
     turns = (p * d.conj()).sum(axis=1)
-    found = np.angle(turns[1])
-    for position in range(2, rows.cached):
-        found = found + np.angle(turns[position] * np.exp(-1j * position * found)) / position
+    found = np.angle(turns[1] * turns[0].conj())
+    for row in range(2, rows.cached):
+        found = found + np.angle(turns[row] * turns[0].conj() * np.exp(-1j * row * found)) / row
+    newest = rows.newest - 1
+    found = found + np.angle(turns[-1] * np.exp(-1j * newest * found)) / newest
     return found if math.isclose(found[0], 1.0, rel_tol=1e-2) else None
 
 

@@ -34,8 +34,8 @@ _BLOCK = 16
 _STRANGER = 64
 """Tokens of the other request; a longer prompt is given its rows again from the first on."""
 _INT8_MAX = 127
-_FOR_LATENTS = frozenset({"cache_shift", "cache_shift_back", "stale_row", "last_row_twice", "other_layer_cache",
-                          "layer_offset", "other_batch_row", "blocks_exchanged", "overwrite_previous"})  # fmt: skip
+_FOR_LATENTS = frozenset({"cache_shift", "cache_shift_back", "stale_row", "last_row_twice", "other_batch_row",
+                          "blocks_exchanged"})  # fmt: skip
 """Faults of whole rows: they mean the same where a row is a latent, from which K and V are made anew."""
 _OF_THE_OLDEST_ROW = frozenset({"v_row_zero", "k_row_zero", "stale_row", "k_rows_swapped", "v_rows_swapped"})
 
@@ -299,6 +299,7 @@ def _round_int8(written: Written) -> Found:
 def _other_layer_cache(site: Site, _strength: float) -> Iterator[Expected]:
     """Decode's layer 1 reads layer 0's rows; its own new row goes where it belongs."""
     fault = find_fault("other_layer_cache")
+    _check_latent(fault.name, site)
 
     def read(call: Call) -> list[Undo]:
         cache = opened(call["past_key_values"])
@@ -319,6 +320,7 @@ def _overwrite_previous(site: Site, _strength: float) -> Iterator[Expected]:
 
     fault, parameters, acting = find_fault("overwrite_previous"), dict[str, Parameter](), list[bool]()
     fresh: list[bool] = []
+    _check_latent(fault.name, site)
     own, update = DynamicCache.__dict__.get("update"), DynamicCache.update
 
     def written(cache: Any, *args: Any, **kw: Any) -> Any:

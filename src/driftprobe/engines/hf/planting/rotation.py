@@ -28,8 +28,7 @@ def unrotated(site: Site, layer: int, keys_BGSD: Tensor, start: int) -> Tensor |
     positions = torch.arange(start, start + keys_BGSD.shape[2], device=keys_BGSD.device)[None]
     for cos, sin in _angles(site, attention, wide, positions):
         try:
-            size = (cos.square() + sin.square())[..., :1, :1]  # attention_scaling, squared
-            size = size.mean()
+            size = cos.square() + sin.square()  # attention_scaling squared, and what rounding has made of 1
             back = _rotate(apply, wide, cos / size, -sin / size)
             again = _rotate(apply, back, cos, sin)
         except (RuntimeError, TypeError, ValueError):
