@@ -48,6 +48,17 @@ UNIT_ROUNDOFF: dict[str, float] = {
 }
 """Unit roundoff u = 2^-p for a significand of p bits, rounding to nearest (Higham 2002, section 2.1)."""
 
+GRID_ROUNDOFF: dict[str, float] = {"int8": 1 / 254, "int4": 1 / 14}
+"""What a cast to a symmetric integer grid with a scale amounts to, in place of a unit roundoff.
+
+A value v is kept as round(v/s)·s with s = absmax/127 (absmax/7), so that it is off by s/2 = absmax/254 (absmax/14) at
+most, and by s/√12 in the root of the mean square. Relative to the rows' own root mean square that is c/√3 of this
+number, c = absmax/rms over what shares a scale: 3 to 4 for a head of a normal row, where the limit of 8 of them is four
+times what it does. One scale for a whole tensor with outliers (c above 13) is beyond it, and is found as an error.
+"""
+CAST_ROUNDOFF = {**UNIT_ROUNDOFF, **GRID_ROUNDOFF}
+"""Dtypes that a cast may name. A recorded integer tensor is no such cast: nothing says what its scale was."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:

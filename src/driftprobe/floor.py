@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from driftprobe.compare import Pair
-from driftprobe.fingerprint import UNIT_ROUNDOFF
+from driftprobe.fingerprint import CAST_ROUNDOFF, UNIT_ROUNDOFF
 from driftprobe.taps import BY_NAME, Scope, execution_order, place
 from driftprobe.trace import EngineFacts, Header
 
@@ -79,14 +79,14 @@ def _coarsest_by_place(facts: EngineFacts, recorded: dict[Place, set[str]]) -> d
     now, found = _coarser(None, (facts.dtype, *everywhere), ""), {}
     for where in sorted(recorded, key=lambda p: execution_order(*p)):
         now = _coarser(now, (facts.casts.get(where[1], ""),), f"cast at {place(*where)}")
-        now = _coarser(now, sorted(recorded[where]), f"recorded at {place(*where)}")
+        now = _coarser(now, sorted(recorded[where] & UNIT_ROUNDOFF.keys()), f"recorded at {place(*where)}")
         found[where] = now or _Coarsest(UNKNOWN_DTYPE, "assumed")
     return found
 
 
 def _coarser(now: _Coarsest | None, dtypes: Iterable[str], origin: str) -> _Coarsest | None:
     for dtype in dtypes:
-        if dtype in UNIT_ROUNDOFF and (now is None or UNIT_ROUNDOFF[dtype] > UNIT_ROUNDOFF[now.dtype]):
+        if dtype in CAST_ROUNDOFF and (now is None or CAST_ROUNDOFF[dtype] > CAST_ROUNDOFF[now.dtype]):
             now = _Coarsest(dtype, origin if now is not None else "")
     return now
 
@@ -145,12 +145,12 @@ def _recorded_dtypes(pairs: Iterable[Pair]) -> dict[Place, set[str]]:
 def _roundoff(where: Place, coarsest: _Coarsest, layers: int, noise_measured: bool) -> Floor:
     depth = _depth(where, layers)
     multiple = BOUND_WITH_NOISE if noise_measured else multiple_without_noise(coarsest.dtype, depth)
-    return Floor(multiple * UNIT_ROUNDOFF[coarsest.dtype], f"{multiple:.3g} u of {coarsest}")
+    return Floor(multiple * CAST_ROUNDOFF[coarsest.dtype], f"{multiple:.3g} u of {coarsest}")
 
 
 def multiple_without_noise(dtype: str, depth: int) -> float:
     """Return the bound in unit roundoffs of a dtype, `depth` layers in, where no arm N has measured it."""
-    sums = min(1.0, UNIT_ROUNDOFF["float32"] / UNIT_ROUNDOFF[dtype])
+    sums = min(1.0, UNIT_ROUNDOFF["float32"] / CAST_ROUNDOFF[dtype])
     return (BOUND_WITHOUT_NOISE + SUM_BOUND * sums) * math.sqrt(1 + depth)
 
 

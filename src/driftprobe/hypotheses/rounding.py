@@ -43,7 +43,7 @@ def _round(values: Float64, dtype: str, step: Float64 | None) -> Float64:
     if dtype in GRIDS:
         codes = np.clip(np.rint(codes), -GRIDS[dtype], GRIDS[dtype])
     else:
-        largest = float(ml_dtypes.finfo(DTYPES[dtype]).max)
+        largest = float(ml_dtypes.finfo(DTYPES[dtype]).max)  # type: ignore[no-untyped-call]
         codes = np.clip(codes, -largest, largest).astype(DTYPES[dtype]).astype(np.float64)
     return codes if step is None else codes * step
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,7 +14,7 @@ from driftprobe.engines.base import Tapped
 from driftprobe.engines.hf.anatomy import dissect, text_config
 from driftprobe.engines.hf.cache import TupleCache, layer_count, new_cache, rows_heard, stored_rows
 from driftprobe.engines.hf.fused import same_bits
-from driftprobe.engines.hf.noise import rounding_noise
+from driftprobe.engines.hf.noise import rounding_noise, with_cast_noise
 from driftprobe.engines.hf.planting import Site, cannot_act, plant
 from driftprobe.engines.hf.spy import Heard, Learned, Rows, Spy
 from driftprobe.engines.hf.trial import learn, taps_of, trial_length
@@ -35,14 +35,18 @@ class HFEngine:
     """A transformers causal language model, run one sequence at a time.
 
     `model` is any causal language model of transformers 4.40 or later, in evaluation mode while it is run; its code,
-    weights and attention kernel stay as they are.
+    weights and attention kernel stay as they are. `casts` declares coarser dtypes that the model's own code puts on the
+    path, by tap or by another word: `{"k_cache": "int8", "v_cache": "int8"}` for a quantised cache; see EngineFacts.
     """
 
     perturbs = True
 
-    def __init__(self, model: Any, tokenizer: Any = None, *, label: str = "") -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any = None, *, label: str = "", casts: Mapping[str, str] | None = None
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.anatomy = dissect(model)
+        self._declared = dict(casts or {})
         self._label = label or f"object:{type(model).__name__}"
         self._kept: dict[int, dict[int, Rows]] = {}
         parameters = inspect.signature(model.forward).parameters
@@ -104,6 +108,8 @@ class HFEngine:
         spy = Spy(self.anatomy, self._learned, layers)
         with self._evaluating(), self._noise(arm), spy.installed():
             cache = self._cache()
+            if arm.noise_seed is not None:
+                with_cast_noise(cache, arm.noise_seed, self._declared)
             for call in arm.passes:
                 if call.aligned_to is not None:
                     yield self._align(arm, call, cache)
@@ -227,7 +233,7 @@ class HFEngine:
 
     @property
     def _casts(self) -> dict[str, str]:
-        return {**_casts(self.model), **self._inner_cast}
+        return {**_casts(self.model), **self._inner_cast, **self._declared}
 
     def _casts_inside(self) -> dict[str, str]:
         """Return the float32 casts inside a float64 model; norms, RoPE and softmax have them."""

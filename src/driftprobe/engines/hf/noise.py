@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from driftprobe.fingerprint import UNIT_ROUNDOFF
+from driftprobe.fingerprint import CAST_ROUNDOFF, GRID_ROUNDOFF, UNIT_ROUNDOFF
+from driftprobe.taps import BY_NAME
 
 
 @contextmanager
@@ -23,7 +24,8 @@ def rounding_noise(model: nn.Module, seed: int, casts: dict[str, str]) -> Iterat
     """Perturb every op of a model while the context lasts; embeddings are looked up, not computed, and stay exact."""
     generator = torch.Generator().manual_seed(seed)
     own = "float64" if next(model.parameters()).dtype == torch.float64 else "float32"
-    coarsest_sum = max([UNIT_ROUNDOFF[own], *(UNIT_ROUNDOFF[dtype] for dtype in casts.values())])
+    sums = [CAST_ROUNDOFF[dtype] for place, dtype in casts.items() if place not in BY_NAME]
+    coarsest_sum = max([UNIT_ROUNDOFF[own], *sums])
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, nn.Embedding) or next(module.parameters(recurse=False), None) is None:
@@ -43,6 +45,32 @@ def perturbed(value: torch.Tensor, terms: int, coarsest_sum: float, generator: t
     wide = torch.promote_types(value.dtype, torch.float32)
     noise = torch.rand(value.shape, generator=generator, dtype=wide).to(value.device) * 2 - 1
     return (value.to(wide) * (1 + size * noise)).to(value.dtype)
+
+
+def with_cast_noise(cache: Any, seed: int, casts: dict[str, str]) -> None:
+    """Make a cache hand out K and V as the coarser dtypes would that are declared for `k_cache` and `v_cache`.
+
+    A float dtype rounds each element by its unit roundoff; an integer grid by half its step, of each row and head.
+    """
+    update = getattr(cache, "update", None)
+    dtypes = [casts.get(tap) for tap in ("k_cache", "v_cache")]
+    if update is None or not any(dtypes):
+        return
+    generator = torch.Generator().manual_seed(seed)
+
+    def rounding(*args: Any, **kw: Any) -> Any:
+        return tuple(_cast(rows, dtype, generator) for rows, dtype in zip(update(*args, **kw), dtypes, strict=True))
+
+    cache.update = rounding
+
+
+def _cast(rows: torch.Tensor, dtype: str | None, generator: torch.Generator) -> torch.Tensor:
+    if dtype is None:
+        return rows
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    noise = torch.rand(rows.shape, generator=generator, dtype=wide.dtype).to(rows.device) * 2 - 1
+    size = wide.abs().amax(dim=-1, keepdim=True) if dtype in GRID_ROUNDOFF else wide
+    return (wide + size * CAST_ROUNDOFF[dtype] * noise).to(rows.dtype)
 
 
 def _terms(module: nn.Module) -> int:
