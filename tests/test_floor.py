@@ -99,6 +99,19 @@ def test_a_cast_at_a_tap_counts_from_there_on():
         assert "float8_e4m3fn (cast at layer 0 k_cache)" in floors.by_place[where].source
 
 
+def test_an_integer_grid_counts_as_half_of_its_step_where_it_is_declared():
+    floors = floors_of(facts={"casts": {"k_cache": "int8"}}, arms=NOISE)
+    assert floors.by_place[(0, "k_rope")].source.endswith("of float32")
+    assert floors.by_place[(0, "attn_ctx")].value == BOUND_WITH_NOISE * 0.5 / 127
+
+
+def test_an_integer_tensor_that_was_recorded_is_no_cast():
+    def whole(site, array):
+        return array.astype("int8") if site.tensor == "k_cache" else array
+
+    assert floors_of(whole).by_place[(0, "attn_ctx")].source.endswith("of float32")
+
+
 def test_the_caches_own_dtype_counts_without_a_declaration():
     def halved(site, array):
         return array.astype("float16") if site.tensor in {"k_cache", "v_cache"} else array
