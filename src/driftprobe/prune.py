@@ -32,7 +32,7 @@ def prune_payloads(trace: Trace, judged: TraceJudgement, folder: Path) -> None:
             continue
         file, _, name = record.payload.partition("#")
         files.add(file)
-        array = payloads.get(record) if _needed(record, wanted) else None
+        array = payloads.get(record) if _needed(record, wanted) or _explains(record, judged) else None
         if array is None:
             records.append(replace(record, payload=None))
         else:
@@ -54,22 +54,12 @@ KEPT_FROM = 0.5
 
 
 def _wanted(judged: TraceJudgement) -> set[_Where]:
-    """Return the places whose whole tensors are needed, to judge again as before and to diagnose the first failure.
-
-    They are the failures and near ones; every tap of the layer that fails first, which holds the inputs of the failing
-    op and what it is compared with; where a cache tap fails, K and V rows of all layers; and of a failure behind the
-    layers what leads to it.
-    """
+    """Return the places whose whole tensors are needed: failures, near ones, and K and V rows where either fails."""
     cells = (*judged.cells, *judged.aligned_cells)
     failing: set[_Where] = {(c.step, c.layer, c.tensor) for c in cells if c.status is Status.FAIL or _close(c)}
+    failing |= {where for match in judged.matches for where in match.places}
     caches = {step for step, _, tensor in failing if tensor in CACHE_TAPS}
-    rows: set[_Where] = {(c.step, c.layer, c.tensor) for c in cells if c.tensor in CACHE_TAPS and c.step in caches}
-    first = judged.failures[0] if judged.failures else None
-    if first is None:
-        return failing | rows
-    last = max((c.layer for c in cells if c.layer is not None), default=None)
-    near: set[_Where] = {(c.step, c.layer, c.tensor) for c in cells if c.step == first.step and c.layer == first.layer}
-    return failing | rows | near | ({(first.step, last, "x_out")} if first.layer is None else set())
+    return failing | {(c.step, c.layer, c.tensor) for c in cells if c.tensor in CACHE_TAPS and c.step in caches}
 
 
 def _close(cell: Cell) -> bool:
@@ -77,4 +67,21 @@ def _close(cell: Cell) -> bool:
 
 
 def _needed(record: Record, wanted: set[_Where]) -> bool:
-    return record.arm == CONSTANTS or record.tensor == "logits" or (record.step, record.layer, record.tensor) in wanted
+    return record.tensor == "logits" or (record.step, record.layer, record.tensor) in wanted
+
+
+def _explains(record: Record, judged: TraceJudgement) -> bool:
+    """Whether a diagnosis may read this tensor: the model's constants, the layer that fails first, what goes into it.
+
+    A diagnosis made from the pruned trace must be the one that was made from the whole.
+    """
+    first = judged.first_failure
+    if first is None:
+        return False
+    if record.arm == CONSTANTS:
+        return True
+    if record.arm not in {"P", "D", "A", first.arm}:
+        return False
+    if first.layer is None:
+        return record.layer is None or record.layer == judged.engine.layers - 1
+    return record.layer == first.layer or record.tensor == "embed"
