@@ -41,13 +41,14 @@ OF_THEIR_OWN = {
 
 
 def found(name: str, fault: str, strength: float | None = None, *, dtype: str = "float32", attn: str = "",
-          steps: int = 1, length: int = LENGTH) -> Result:  # fmt: skip
+          steps: int = 1, length: int = LENGTH, ladder: str = "off") -> Result:  # fmt: skip
     """Plant a fault in a tiny model of two layers and assert that all of what it declares is found."""
     if name not in KNOWN:
         pytest.skip(f"no {name} in this transformers")
     layers = {"n_layer": 2} if name == "bloom" else {"num_hidden_layers": 2}
     model = models.build(name, attn=attn or models.ARCHITECTURES[name].kernels[-1], dtype=dtype, seed=2, **layers)
-    result = probe(model, {"a": models.tokens(length)}, mode="kv_aligned", fault=fault, strength=strength, steps=steps)
+    result = probe(model, {"a": models.tokens(length)}, mode="kv_aligned", fault=fault, strength=strength, steps=steps,
+                   ladder=ladder)  # fmt: skip
     check(result)
     return result
 
@@ -100,6 +101,18 @@ def test_float64_gives_the_parameter_to_many_digits(fault: str, strength: float)
     value = next(iter(result.first_failure.diagnosis.parameters.values()))
     wanted = 1.0 / strength if fault == "prefill_scale" else strength
     assert value == pytest.approx(wanted, rel=1e-5)  # angles are computed in float32 inside
+
+
+@pytest.mark.parametrize(
+    ("fault", "strength"),
+    [("rope_base", 1.01), ("rope_plus_one", None), ("attn_scale", 1.001), ("mask_leak", -10.0), ("gqa_tile", None)],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_ladder_leaves_nothing_unexplained(fault: str, strength: float | None, dtype: str) -> None:
+    result = found("llama", fault, strength, dtype=dtype, ladder="on")
+    assert result.first_failure is not None
+    assert result.first_failure.diagnosis is not None
+    assert result.first_failure.diagnosis.residual < 1e-14
 
 
 @pytest.mark.parametrize(
