@@ -20,6 +20,7 @@ _SIZES = {
 
 
 _NO_GQA = ("intermediate_size", "num_key_value_heads")
+_NO_ATTENTION = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 12}
 
 
@@ -71,7 +72,34 @@ ARCHITECTURES: dict[str, Architecture] = {
         n_routed_experts=4, n_group=2, topk_group=1, n_shared_experts=1, moe_intermediate_size=48, kv_lora_rank=16,
         q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, first_k_dense_replace=1,
         num_key_value_heads=4)),
+    "mamba": Architecture("Mamba", {"state_size": 8, "num_hidden_layers": 3}, _NO_ATTENTION, ("eager",)),
+    "mamba2": Architecture("Mamba2", {"state_size": 8, "num_heads": 8, "head_dim": 16, "expand": 2,
+                                      "n_groups": 2, "chunk_size": 16}, _NO_ATTENTION, ("eager",)),
+    "falcon_mamba": Architecture("FalconMamba", {"state_size": 8}, _NO_ATTENTION, ("eager",)),
+    "lfm2": Architecture("Lfm2", {"layer_types": ["conv", "full_attention", "conv"],
+                                  "block_auto_adjust_ff_dim": False}),
+    "jamba": Architecture("Jamba", _moe(num_experts=4, attn_layer_period=3, attn_layer_offset=1, mamba_d_state=8,
+                                        expert_layer_period=2, expert_layer_offset=1)),
+    "bamba": Architecture("Bamba", {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16,
+                                    "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 16}),
+    "falcon_h1": Architecture("FalconH1", {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128,
+                                           "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 16}),
+    "qwen3_next": Architecture("Qwen3Next", _moe(
+        num_experts=4, head_dim=16, moe_intermediate_size=48, shared_expert_intermediate_size=48,
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
+        layer_types=["linear_attention", "full_attention", "linear_attention"])),
+    "zamba2": Architecture("Zamba2", {"layers_block_type": ["mamba", "hybrid", "mamba"], "mamba_d_state": 8,
+                                      "n_mamba_heads": 8, "mamba_headdim": 16, "mamba_ngroups": 2, "chunk_size": 16,
+                                      "num_mem_blocks": 1, "time_step_min": 1e-30, "num_key_value_heads": 4}),
 }  # fmt: skip
+
+
+STATEFUL: tuple[str, ...] = tuple(ARCHITECTURES)[tuple(ARCHITECTURES).index("mamba") :]
+"""Architectures with layers that keep states in place of rows; they are driven under transformers 5 only.
+
+Zamba 2 clamps its time step from below in a prefill and not in a decode step (transformers 5.23): a bound near zero
+takes the difference away.
+"""
 
 
 def configuration(name: str, **changes: Any) -> Any:

@@ -27,7 +27,7 @@ FIXED_CACHES = ("gemma2", "gemma3") if OLD else ()
 KNOWN = [
     name
     for name, a in models.ARCHITECTURES.items()
-    if hasattr(transformers, a.config or f"{a.prefix}Config") and name not in FIXED_CACHES
+    if hasattr(transformers, a.config or f"{a.prefix}Config") and name not in (*FIXED_CACHES, *models.STATEFUL)
 ]
 CASES = [(name, kernel) for name in KNOWN for kernel in models.ARCHITECTURES[name].kernels]
 PROMPTS = {f"n{length}": models.tokens(length) for length in (1, 16, 33)}

@@ -10,8 +10,8 @@ from driftprobe.compare import Pair, Pairing
 from driftprobe.fingerprint import UNIT_ROUNDOFF
 from driftprobe.floor import UNKNOWN_DTYPE, Controls, Floors, innocent
 from driftprobe.judgement import Cell, Determinism, Gate, Status
-from driftprobe.taps import BY_NAME, CACHE_TAPS, execution_order, place
-from driftprobe.trace import Record, Trace
+from driftprobe.taps import BY_NAME, CACHE_TAPS, STATE_TAPS, execution_order, place
+from driftprobe.trace import Event, Record, Trace
 
 SHOWN = 3
 """How many culprits a gate names before it counts the rest."""
@@ -143,6 +143,7 @@ def _fired(trace: Trace) -> Gate:
         f"{place(layer, tensor)} in arm {read.arm} step {read.step}"
         for read in header.reads
         for tensor, layers in header.taps.items()
+        if not (tensor in STATE_TAPS and read.phase == "prefill_ext")  # a state is of the call's last token alone
         for layer in (layers or (None,))
         if (read.arm, read.phase, read.step, layer, tensor) not in seen
     ]
@@ -150,20 +151,30 @@ def _fired(trace: Trace) -> Gate:
 
 
 def _read_back(trace: Trace) -> Gate:
-    """Every step of arm A needs an event that counts rows, none of them different."""
+    """Every step of arm A needs an event that counts rows or states, none of them different."""
     checks = [event for event in trace.events if event.event == "cache_readback"]
     bad = [
-        f"arm {e.arm} step {e.step}: {e.measured['different']} of {e.measured.get('rows', '?')} rows differ"
+        f"arm {e.arm} step {e.step}: {e.measured['different']} of {_put_in(e) or '?'} {_kinds(e)} differ"
         for e in checks
         if e.measured.get("different", 0)
     ]
-    done = {(e.arm, e.step) for e in checks if e.measured.get("rows", 0) > 0 and "different" in e.measured}
+    done = {(e.arm, e.step) for e in checks if _put_in(e) > 0 and "different" in e.measured}
     aligned = {(read.arm, read.step) for read in trace.header.reads if read.arm == "A"}
     aligned |= {(record.arm, record.step) for record in trace.records if record.arm == "A"}
     unchecked = [f"arm {arm} step {step} was not read back" for arm, step in sorted(aligned - done)]
-    rows = sum(event.measured.get("rows", 0) for event in checks)
-    good = f"{rows} aligned cache rows read back, all equal" if checks else "no aligned cache in this plan"
+    counts = {word: sum(e.measured.get(word, 0) for e in checks) for word in ("rows", "states")}
+    counted = " and ".join(f"{count} aligned cache {word}" for word, count in counts.items() if count)
+    good = f"{counted} read back, all equal" if checks else "no aligned cache in this plan"
     return Gate("read back", not bad + unchecked, _listed(bad + unchecked) or good)
+
+
+def _put_in(event: Event) -> int:
+    return event.measured.get("rows", 0) + event.measured.get("states", 0)
+
+
+def _kinds(event: Event) -> str:
+    """Return what was put in: rows of keys and values, states of state-space layers, or both."""
+    return " and ".join(word for word in ("rows", "states") if event.measured.get(word)) or "rows"
 
 
 def _finite(cells: Sequence[Cell]) -> Gate:
@@ -214,10 +225,10 @@ def _size(cell: Cell) -> str:
 def _without_effect(cell: Cell, row: Sequence[Cell], nothing_after: bool) -> bool:
     """Whether a drift ought to show in tensors that are bit-equal: in all that follow, or in all that read it.
 
-    Cache rows may be masked or weigh nothing, and attention does not depend on their order. A branch that is small
-    beside the residual stream may round away in the sum.
+    Cache rows may be masked or weigh nothing, and attention does not depend on their order. A state that a token leaves
+    is read by the next one only. A branch that is small beside the residual stream may round away in the sum.
     """
-    if cell.tensor in CACHE_TAPS or _reordered(cell, row) or _rounds_away(cell, row):
+    if cell.tensor in CACHE_TAPS | STATE_TAPS or _reordered(cell, row) or _rounds_away(cell, row):
         return False
     readers = [other for other in row if _reads(other, cell)]
     return nothing_after or (cell.tensor in _PASSED_ON and bool(readers) and all(r.drift.equal for r in readers))
@@ -232,7 +243,7 @@ _PASSED_ON = frozenset(
 
 def _reads(other: Cell, cell: Cell) -> bool:
     tap = BY_NAME.get(other.tensor)
-    if tap is None or other.tensor in CACHE_TAPS:
+    if tap is None or other.tensor in CACHE_TAPS | STATE_TAPS:
         return False
     if cell.tensor == "x_out" and other.tensor == "x_in":
         return cell.layer is not None and other.layer == cell.layer + 1
@@ -241,7 +252,8 @@ def _reads(other: Cell, cell: Cell) -> bool:
 
 def _rounds_away(cell: Cell, row: Sequence[Cell]) -> bool:
     """Whether the sum that takes in this branch is so large that rounding it can swallow the difference."""
-    sums = [other for other in row if (other.layer, other.tensor) == (cell.layer, _SUM_OF.get(cell.tensor))]
+    sums = [other for name in _SUMS_OF.get(cell.tensor, ()) for other in row
+            if (other.layer, other.tensor) == (cell.layer, name)][:1]  # fmt: skip
     sizes = [_norms(item.reference) for item in (cell, *sums)]
     if len(sizes) != 2 or cell.drift.value is None:
         return False
@@ -249,7 +261,8 @@ def _rounds_away(cell: Cell, row: Sequence[Cell]) -> bool:
     return any(cell.drift.value * small <= unit * large for small, large in zip(*sizes, strict=True))
 
 
-_SUM_OF = {"attn_out": "x_mid", "mlp_out": "x_out", "mixer_out": "x_mid"}
+_SUMS_OF = {"attn_out": ("x_mid", "x_out"), "mlp_out": ("x_out",), "mixer_out": ("x_mid", "x_out")}
+"""Branch -> the sum that takes it in, by preference: a layer without an MLP has no `x_mid`."""
 
 
 def _norms(record: Record) -> tuple[float, ...]:

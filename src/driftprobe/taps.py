@@ -2,7 +2,7 @@
 
 The names are the contract between engines and judgement. An engine maps its own names to these; a tap that it
 lacks is absent, not invented. Axes legend: T tokens, C channels, H query heads, G key/value heads, D head
-dimension, S visible cache rows, V vocabulary, X experts.
+dimension, S visible cache rows, V vocabulary, X experts, W width of a convolution's window, N state dimension.
 """
 
 from __future__ import annotations
@@ -101,7 +101,31 @@ TAPS: tuple[Tap, ...] = (
         "head mapping (GQA), value rows, kernel",
     ),
     Tap("attn_out", Scope.LAYER, "TC", "output projection", ("attn_ctx",), "weights, bias, head order"),
-    Tap("x_mid", Scope.LAYER, "TC", "residual after attention", ("x_in", "attn_out"), "residual source"),
+    Tap(
+        "conv_state",
+        Scope.LAYER,
+        "CW",
+        "convolution state that this token leaves",
+        ("attn_norm",),
+        "convolution window, state carry",
+    ),
+    Tap(
+        "ssm_state",
+        Scope.LAYER,
+        "HDN",
+        "recurrent state that this token leaves",
+        ("attn_norm",),
+        "state not carried, scan",
+    ),
+    Tap(
+        "mixer_out",
+        Scope.LAYER,
+        "TC",
+        "state-space, convolution or linear-attention mixer",
+        ("attn_norm",),
+        "scan, state",
+    ),
+    Tap("x_mid", Scope.LAYER, "TC", "residual after attention", ("x_in", "attn_out", "mixer_out"), "residual source"),
     Tap("ffn_norm", Scope.LAYER, "TC", "norm before the MLP", ("x_mid",), "norm epsilon, weight offset, cast"),
     Tap("router_logits", Scope.LAYER, "TX", "expert router", ("ffn_norm",), "router weights"),
     Tap("expert_ids", Scope.LAYER, "TX", "choice of experts", ("router_logits",), "top-k, tie between experts"),
@@ -113,10 +137,14 @@ TAPS: tuple[Tap, ...] = (
         ("ffn_norm", "expert_ids"),
         "activation, expert order, expert weights",
     ),
-    Tap("conv_state", Scope.LAYER, "CD", "convolution state", ("attn_norm",), "convolution window, state carry"),
-    Tap("ssm_state", Scope.LAYER, "HDN", "state-space state", ("attn_norm",), "state not carried, scan"),
-    Tap("mixer_out", Scope.LAYER, "TC", "state-space or linear-attention mixer", ("attn_norm",), "scan, state"),
-    Tap("x_out", Scope.LAYER, "TC", "residual stream out of the layer", ("x_mid", "mlp_out"), "residual source"),
+    Tap(
+        "x_out",
+        Scope.LAYER,
+        "TC",
+        "residual stream out of the layer",
+        ("x_mid", "mlp_out", "mixer_out"),
+        "residual source",
+    ),
     Tap("final_norm", Scope.OUTPUT, "TC", "final norm", ("x_out",), "norm epsilon, weight offset"),
     Tap("logits", Scope.OUTPUT, "TV", "output head", ("final_norm",), "tied weights, soft-cap, logit scale"),
 )
@@ -125,6 +153,9 @@ BY_NAME: dict[str, Tap] = {tap.name: tap for tap in TAPS}
 _RANK: dict[str, int] = {tap.name: rank for rank, tap in enumerate(TAPS)}
 CACHE_TAPS: frozenset[str] = frozenset({"k_cache", "v_cache"})
 """Taps that hold one row a position, hashed row by row."""
+STATE_TAPS: frozenset[str] = frozenset({"conv_state", "ssm_state"})
+"""Taps that hold what a call leaves behind for the next: there are none for a position before the call's last, so the
+longer prefills E have none."""
 
 ExecutionOrder = tuple[int, int, int, str]
 

@@ -15,7 +15,11 @@ from torch import nn
 from driftprobe.errors import ModelError
 
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-_ATTN_NORM = ("input_layernorm", "ln_1", "self_attn_layer_norm", "norm_1", "attention_norm", "ln_attn")
+_MIXER = ("mixer", "mamba", "linear_attn", "conv", "temporal_block")
+_MIXER_HOLDER = ("mamba_decoder",)
+"""A layer inside the layer that holds the mixer (Zamba)."""
+_ATTN_NORM = ("input_layernorm", "ln_1", "self_attn_layer_norm", "norm_1", "attention_norm", "ln_attn",
+              "operator_norm", "norm")  # fmt: skip
 _FFN_NORM = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "final_layer_norm", "norm_2",
              "ffn_norm", "ln_mlp")  # fmt: skip
 _MLP = ("mlp", "block_sparse_moe", "feed_forward", "ffn", "moe")
@@ -27,7 +31,7 @@ _Q, _K, _V = ("q_proj", "wq", "q_b_proj"), ("k_proj", "wk"), ("v_proj", "wv")
 _Q_NORM, _K_NORM = ("q_norm", "q_layernorm", "query_layernorm"), ("k_norm", "k_layernorm", "key_layernorm")
 _OUT = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 _ROUTER = ("gate", "router")
-_FINAL_NORM = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "norm_f")
+_FINAL_NORM = ("norm", "embedding_norm", "final_layernorm", "ln_f", "final_layer_norm", "norm_f")
 _FUSED = ("qkv_proj", "c_attn", "Wqkv", "query_key_value", "kv_b_proj")
 """Projections whose output holds more than one of q, k and v; how, a trial finds out (`fused.py`)."""
 
@@ -53,6 +57,8 @@ class Layer:
     mlp_out: nn.Module | None
     """What the MLP's result comes out of."""
     router: nn.Module | None
+    mixer: nn.Module | None = None
+    """A state-space, convolution or linear-attention mixer: it keeps states in the cache, and no rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +139,15 @@ def _layer(index: int, module: nn.Module) -> Layer:
         mlp_in=mlp if mlp is not None else _child(module, _MLP_FIRST),
         mlp_out=result if result is not None else mlp if mlp is not None else _child(module, _MLP_LAST),
         router=_child(mlp, _ROUTER),
+        mixer=_mixer(module),
     )
+
+
+def _mixer(layer: nn.Module) -> nn.Module | None:
+    """Return the module that keeps states: one with a convolution of its own, which no attention has."""
+    found = _child(layer, _MIXER) or _child(_child(layer, _MIXER_HOLDER), _MIXER)
+    convolves = found is not None and any(isinstance(child, nn.Conv1d) for child in found.modules())
+    return found if convolves else None
 
 
 def _child(module: nn.Module | None, names: Iterable[str]) -> nn.Module | None:

@@ -1,4 +1,4 @@
-"""The caches of transformers, 4.40 to 5.x: making one, its own rows, listening to it.
+"""The caches of transformers, 4.40 to 5.x: making one, its own rows and states, listening to it.
 
 Today's models are given a Cache object and write into it. Older ones hand back tuples of keys and values instead; a
 `TupleCache` holds those, so that the rest of the engine need not know.
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from driftprobe.engines.hf.spy import Heard, Rows, Spy
+from driftprobe.engines.hf.states import stored_states
 from driftprobe.errors import ModelError
 
 Tensor = torch.Tensor
@@ -39,6 +40,14 @@ def new_cache(model: Any) -> Any:
     import transformers
     from transformers import DynamicCache
 
+    stateful = "cache_params" in inspect.signature(model.forward).parameters
+    if stateful and not hasattr(DynamicCache, "update_conv_state"):
+        raise ModelError(
+            "this model's own cache cannot be driven here", where=type(model).__name__,
+            measured=f"a state-space cache under transformers {transformers.__version__}",
+            allowed="states in the common cache, as transformers 5 keeps them",
+            next_step="use a transformers whose DynamicCache has update_conv_state",
+        )  # fmt: skip
     if knows_windows():
         return DynamicCache(config=model.config)
     kind = getattr(model.config, "cache_implementation", None)
@@ -64,8 +73,32 @@ def opened(past: Any) -> Any:
     return TupleCache(past) if past is None or isinstance(past, tuple) else past
 
 
+def past_of(call: Any) -> Any:
+    """Return the cache among a forward call's keyword arguments, or in its output, by either of its names."""
+    get = call.get if isinstance(call, dict) else partial(getattr, call)
+    past = get("past_key_values", None)
+    return opened(get("cache_params", None) if past is None else past)
+
+
+def filled(cache: Any) -> bool:
+    """Whether a cache holds anything: rows, or states."""
+    return any(_holds_rows(cache, layer) or stored_states(cache, layer).all for layer in range(layer_count(cache)))
+
+
+def row_layers(cache: Any) -> list[int]:
+    """Return the layers that hold K/V rows; in a hybrid model the others hold states, or nothing."""
+    return [layer for layer in range(layer_count(cache)) if _holds_rows(cache, layer)]
+
+
+def _holds_rows(cache: Any, layer: int) -> bool:
+    if isinstance(cache, TupleCache) or not hasattr(cache, "layers"):
+        return bool(stored_rows(cache, layer)[0].numel())
+    keys = getattr(cache.layers[layer], "keys", None)
+    return isinstance(keys, Tensor) and bool(keys.numel())
+
+
 def stored_rows(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
-    """Return a cache layer's own keys and values, `[B, G, S, D]`, not copies."""
+    """Return a cache layer's own keys and values, `[B, G, S, D]`, not copies; the layer must be of `row_layers`."""
     if isinstance(cache, TupleCache):
         return _four_axes(*cache.value[layer][:2])
     if hasattr(cache, "layers"):

@@ -12,11 +12,12 @@ from torch.overrides import TorchFunctionMode
 
 from driftprobe.engines.base import Tapped
 from driftprobe.engines.hf.anatomy import dissect, text_config
-from driftprobe.engines.hf.cache import TupleCache, layer_count, new_cache, rows_heard, stored_rows
+from driftprobe.engines.hf.cache import TupleCache, filled, layer_count, new_cache, row_layers, rows_heard, stored_rows
 from driftprobe.engines.hf.fused import same_bits
 from driftprobe.engines.hf.noise import rounding_noise
 from driftprobe.engines.hf.planting import Site, cannot_act, plant
 from driftprobe.engines.hf.spy import Heard, Learned, Rows, Spy
+from driftprobe.engines.hf.states import States, stored_states
 from driftprobe.engines.hf.trial import learn, taps_of, trial_length
 from driftprobe.errors import EngineError, ModelError
 from driftprobe.faults import Expected
@@ -45,8 +46,11 @@ class HFEngine:
         self.anatomy = dissect(model)
         self._label = label or f"object:{type(model).__name__}"
         self._kept: dict[int, dict[int, Rows]] = {}
+        self._states: dict[int, dict[int, States]] = {}
+        """Count of tokens that were prefilled -> layer -> the states that the last of them left."""
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in parameters
+        self._past = "cache_params" if "cache_params" in parameters else "past_key_values"
         self._returns_dict = "return_dict" in parameters
         self._learned = Learned()
         self._makes_tuples = self._hands_back_tuples()
@@ -107,13 +111,16 @@ class HFEngine:
             for call in arm.passes:
                 if call.aligned_to is not None:
                     yield self._align(arm, call, cache)
-                listens = bool(call.reads) or arm.keeps_rows_for is not None
+                aligns = call.start == 0 and any(other.aligned_to is not None for other in arm.passes)
+                listens = bool(call.reads) or arm.keeps_rows_for is not None or aligns
                 heard = self._listen(spy, call, token_ids, cache) if listens else None
                 if heard is None:
                     self._forward(token_ids[call.start : call.stop], call.start, cache)
                     continue
                 if arm.keeps_rows_for is not None:
                     self._kept[arm.keeps_rows_for] = heard.cache
+                if arm.keeps_rows_for is not None or aligns:
+                    self._states[call.stop] = heard.states
                 yield from _hand_out(heard, call.reads, self.anatomy.layers)
 
     @contextmanager
@@ -135,17 +142,18 @@ class HFEngine:
             yield expected
 
     def _sample(self) -> list[torch.Tensor]:
-        """Return the logits of one decode step after a short prefill, and the cache rows that it leaves."""
+        """Return the logits of one decode step after a short prefill, and the cache rows and states that it leaves."""
         tokens = self._some_tokens(_SAMPLE)
         with self._evaluating():
             cache = self._cache()
             self._forward(tokens[:-1], 0, cache)
             logits = self._forward(tokens[-1:], _SAMPLE - 1, cache).logits
-        return [logits, *(rows for layer in range(layer_count(cache)) for rows in stored_rows(cache, layer))]
+        rows = [rows for layer in row_layers(cache) for rows in stored_rows(cache, layer)]
+        return [logits, *rows, *(s for layer in range(layer_count(cache)) for s in stored_states(cache, layer).all)]
 
     def _listen(self, spy: Spy, call: Pass, token_ids: Sequence[int], cache: Any) -> Heard:
         wanted = tuple(read.position - call.start for read in call.reads)
-        heard = Heard(wanted, call.start, call.stop - call.start)
+        heard = Heard(wanted, call.start, call.stop - call.start, past=cache)
         with spy.listening(heard), rows_heard(self.model, cache, spy, heard):
             output = self._forward(token_ids[call.start : call.stop], call.start, cache)
             spy.take(None, "logits", output.logits)
@@ -161,7 +169,7 @@ class HFEngine:
             arguments["return_dict"] = True
         past = cache.value if isinstance(cache, TupleCache) else cache
         try:
-            output = self.model(**arguments, past_key_values=past, use_cache=True)
+            output = self.model(**arguments, **{self._past: past}, use_cache=True)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
             raise EngineError(
                 "the model failed while it ran", where=f"{self._label}, tokens {start} to {start + len(token_ids) - 1}",
@@ -174,7 +182,11 @@ class HFEngine:
         return output
 
     def _align(self, arm: Arm, call: Pass, cache: Any) -> Event:
-        """Replace cache rows [0, call.start) by P's, then read every layer back and count what differs."""
+        """Replace cache rows [0, call.start) by P's, then read every layer back and count what differs.
+
+        States are replaced by those that a prefill of tokens [0, call.start) left: a prefill of one token more, as P,
+        has rows for the tokens before it but no states.
+        """
         assert call.aligned_to is not None
         kept, different, rows = self._kept[call.aligned_to], 0, 0
         for layer, source in kept.items():
@@ -184,9 +196,19 @@ class HFEngine:
                 back = stored_rows(cache, layer)[0 if wanted is source.keys_GSD else 1][0]
                 different += int(_differing(back, aligned).any(dim=-1).any(dim=0).sum())
                 rows += aligned.shape[1]
-        return Event(
-            event="cache_readback", arm=arm.name, step=call.aligned_to, measured={"rows": rows, "different": different}
-        )
+        states, unlike = self._align_states(call.start, cache)
+        measured = {"rows": rows, "different": different + unlike} | ({"states": states} if states else {})
+        return Event(event="cache_readback", arm=arm.name, step=call.aligned_to, measured=measured)
+
+    def _align_states(self, tokens: int, cache: Any) -> tuple[int, int]:
+        """Replace states by those that a prefill of so many tokens left; return how many, and how many differ after."""
+        count = different = 0
+        for layer, kept in self._states.get(tokens, {}).items():
+            for stored, wanted in zip(stored_states(cache, layer).all, kept.all, strict=True):
+                stored.copy_(wanted)
+            for back, wanted in zip(stored_states(cache, layer).all, kept.all, strict=True):
+                count, different = count + 1, different + (not same_bits(back, wanted))
+        return count, different
 
     def _trial(self) -> dict[str, tuple[int, ...]]:
         """Run a few tokens and one decode step, and return the taps that fired in both and fit their place."""
@@ -218,7 +240,7 @@ class HFEngine:
                 self._forward(self._some_tokens(2), 0, cache)
             except Exception:  # whatever an older model does with an object that it does not know
                 return True
-        return int(cache.get_seq_length()) == 0
+        return not filled(cache)
 
     @property
     def _vocabulary(self) -> int:

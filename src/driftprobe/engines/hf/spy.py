@@ -24,6 +24,7 @@ from driftprobe.engines.hf.attention import (
     sliding_window,
 )
 from driftprobe.engines.hf.fused import split
+from driftprobe.engines.hf.states import States, stored_states
 
 Tensor = torch.Tensor
 Place = tuple[int | None, str]
@@ -77,6 +78,10 @@ class Heard:
     """Layer -> output of its fused projection."""
     routed: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     """Layer -> input and output of its router."""
+    past: Any = None
+    """The cache that this call writes into."""
+    states: dict[int, States] = field(default_factory=dict)
+    """Layer -> the states that its mixer left behind."""
 
     def visible(self, row: int, stored: int, window: int | None) -> tuple[int, int, int]:
         """Return (low, high, start): columns [low, high) of `stored` that a row may see, and the first's position."""
@@ -144,6 +149,8 @@ class Spy:
         yield layer.out_proj, self._input(i, "attn_ctx", heads), True
         yield layer.out_proj, self._output(i, "attn_out"), False
         yield layer.attention, self._attention_done(i), False
+        yield layer.mixer, self._input(i, "_mixer_in"), True
+        yield layer.mixer, self._mixer_done(i), False
         if i not in self.learned.mid_from_mlp:
             yield layer.ffn_norm, self._input(i, "x_mid"), True
         yield layer.ffn_norm, self._output(i, "ffn_norm"), False
@@ -217,6 +224,20 @@ class Spy:
             call = self.ops.call()
             if call is not None:
                 self.attention(layer, call, sliding_window(self.anatomy.layers[layer].attention, layer))
+
+        return hook
+
+    def _mixer_done(self, layer: int) -> Callable[..., None]:
+        def hook(_module: object, _args: object, _kwargs: object, output: Any) -> None:
+            heard = self.heard
+            if heard is None:
+                return
+            self.take(layer, "mixer_out", output[0] if isinstance(output, tuple) else output)
+            heard.states[layer] = states = stored_states(heard.past, layer).copy()
+            if self.hears(layer) and heard.wanted == (heard.tokens - 1,):
+                for tensor, several in (("conv_state", states.conv), ("ssm_state", states.recurrent)):
+                    if several:
+                        heard.taps[(layer, tensor)] = [_joined(several)]
 
         return hook
 
@@ -305,3 +326,9 @@ class Spy:
         heard.taps[(layer, "attn_scores")], heard.taps[(layer, "attn_probs")] = list(scores), list(probs)
         if call.seen is None:
             heard.recomputed |= {(layer, "attn_scores"), (layer, "attn_probs")}
+
+
+def _joined(states: tuple[Tensor, ...]) -> Tensor:
+    """Return a layer's states of one kind as one tensor without the batch axis, one behind the other by channels."""
+    alike = len({state.shape[2:] for state in states}) == 1
+    return torch.cat([state[0] for state in states]) if alike else torch.cat([state.reshape(-1) for state in states])

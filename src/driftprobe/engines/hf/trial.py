@@ -69,8 +69,8 @@ def taps_of(trials: Iterable[Heard]) -> dict[str, tuple[int, ...]]:
 def fits(place: Place, heard: Heard) -> bool:
     """Whether a tap found by its module's name stands where the tap's definition says."""
     layer, tensor = place
-    same, differ = _MUST_EQUAL.get(tensor), _MUST_DIFFER.get(tensor)
-    if same is not None and not _equal(heard, place, (layer, same)):
+    same, differ = _MUST_EQUAL.get(tensor, ()), _MUST_DIFFER.get(tensor)
+    if same and not any(_equal(heard, place, (layer, other)) for other in same):
         return False
     if differ is not None and _one_tensor(heard, place, (layer, differ)):
         return False
@@ -88,7 +88,8 @@ def fits(place: Place, heard: Heard) -> bool:
     return True
 
 
-_MUST_EQUAL = {"attn_norm": "_attention_in", "ffn_norm": "_mlp_in"}
+_MUST_EQUAL = {"attn_norm": ("_attention_in", "_mixer_in"), "ffn_norm": ("_mlp_in",)}
+"""Tap -> what it must be: the input of any of these."""
 _MUST_DIFFER = {
     "x_mid": "x_in",  # a parallel block has no stream between attention and MLP
     "mlp_out": "x_out",  # an MLP that adds the residual itself

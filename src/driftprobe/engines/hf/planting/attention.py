@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from driftprobe.engines.hf.attention import sliding_window
-from driftprobe.engines.hf.cache import TupleCache, layer_count, opened, stored_rows
+from driftprobe.engines.hf.cache import TupleCache, past_of, row_layers, stored_rows
 from driftprobe.engines.hf.planting.base import (
     Call,
     Planter,
@@ -51,7 +51,7 @@ def _old(name: str) -> Planter:
         def change(call: Call) -> list[Undo]:
             nonlocal fresh
             if fresh:
-                _check_window(name, site, opened(call["past_key_values"]))
+                _check_window(name, site, past_of(call))
                 fresh = False
             return [] if before is None else before(site, call)
 
@@ -86,7 +86,7 @@ def _wrong_token(site: Site, call: Call) -> list[Undo]:
 
 
 def _oldest_key_masked(_site: Site, call: Call) -> list[Undo]:
-    mask = torch.ones(1, opened(call["past_key_values"]).get_seq_length() + 1, dtype=torch.long)
+    mask = torch.ones(1, past_of(call).get_seq_length() + 1, dtype=torch.long)
     mask[0, 0] = 0
     call["attention_mask"] = mask.to(call["input_ids"].device)
     return []
@@ -106,7 +106,7 @@ def _attn_scale(site: Site, _call: Call) -> list[Undo]:
 
 
 def _other_layer_cache(_site: Site, call: Call) -> list[Undo]:
-    cache = opened(call["past_key_values"])
+    cache = past_of(call)
     pairs = list(zip(stored_rows(cache, 1), stored_rows(cache, 0), strict=True))
     if any(mine.shape != other.shape for mine, other in pairs):
         raise cannot_act("other_layer_cache", f"layer 0 holds {tuple(pairs[0][1].shape)}, layer 1 "
@@ -117,7 +117,7 @@ def _other_layer_cache(_site: Site, call: Call) -> list[Undo]:
 
 
 def _kv_heads_swapped(_site: Site, call: Call) -> list[Undo]:
-    cache = opened(call["past_key_values"])
+    cache = past_of(call)
     if isinstance(cache, TupleCache):
         raise cannot_act("kv_heads_swapped", "a model that keeps its cache in tuples", "a model with a Cache object")
     heard = cache.__dict__.get("update")
@@ -133,7 +133,7 @@ def _kv_heads_swapped(_site: Site, call: Call) -> list[Undo]:
 
 
 def _cache_shift(cache: Any) -> None:
-    for layer in range(layer_count(cache)):
+    for layer in row_layers(cache):
         for rows in stored_rows(cache, layer):
             rows.copy_(rows.roll(1, dims=2))
             rows[:, :, 0] = 0  # nobody wrote this slot

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from driftprobe.engines.hf.anatomy import Anatomy
-from driftprobe.engines.hf.cache import opened
+from driftprobe.engines.hf.cache import filled, past_of
 from driftprobe.errors import UsageError
 from driftprobe.faults import Expected
 
@@ -41,12 +41,12 @@ Planter = Callable[[Site, float], AbstractContextManager[Expected]]
 
 def is_decode(call: Call) -> bool:
     """Whether a call feeds one token to a filled cache."""
-    return bool(call["input_ids"].shape[1] == 1 and opened(call["past_key_values"]).get_seq_length() > 0)
+    return bool(call["input_ids"].shape[1] == 1 and filled(past_of(call)))
 
 
 def is_prefill(call: Call) -> bool:
     """Whether a call feeds an empty cache."""
-    return bool(opened(call["past_key_values"]).get_seq_length() == 0)
+    return not filled(past_of(call))
 
 
 @contextmanager
@@ -77,16 +77,20 @@ def during(site: Site, when: Callable[[Call], bool], change: Callable[[Call], li
 def after_prefill(site: Site, change: Callable[[Any], None]) -> Iterator[None]:
     """Change the cache that a prefill has just written."""
 
-    def post_hook(_model: object, _args: object, call: Call, output: Any) -> None:
-        written = opened(output.past_key_values)
-        if call["input_ids"].shape[1] > 1 or written.get_seq_length() == 1:
-            change(written)
+    prefills = False
 
-    hook = site.model.register_forward_hook(post_hook, with_kwargs=True)
-    try:
+    def pre_hook(_model: object, _args: object, call: Call) -> None:
+        nonlocal prefills
+        prefills = call["input_ids"].shape[1] > 1 or is_prefill(call)
+
+    def post_hook(_model: object, _args: object, _call: Call, output: Any) -> None:
+        if prefills:
+            change(past_of(output))
+
+    with ExitStack() as stack:
+        stack.callback(site.model.register_forward_pre_hook(pre_hook, with_kwargs=True).remove)
+        stack.callback(site.model.register_forward_hook(post_hook, with_kwargs=True).remove)
         yield
-    finally:
-        hook.remove()
 
 
 def set_attribute(module: Any, name: str, value: Any) -> Undo:

@@ -1,0 +1,132 @@
+"""Layers that keep states in place of rows: state-space, short convolutions, gated delta nets, and hybrids of them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import models  # noqa: E402
+from driftprobe import probe  # noqa: E402
+from driftprobe.engines.hf import HFEngine  # noqa: E402
+from driftprobe.engines.hf.cache import new_cache, past_of, row_layers  # noqa: E402
+from driftprobe.engines.hf.engine import to_array  # noqa: E402
+from driftprobe.engines.hf.states import stored_states  # noqa: E402
+from driftprobe.errors import ModelError  # noqa: E402
+from driftprobe.judgement import Reading, Verdict  # noqa: E402
+from test_engine_hf import CLEAN, run_arms, tap  # noqa: E402
+
+DRIVEN = hasattr(transformers.DynamicCache, "update_conv_state")
+needs_states = pytest.mark.skipif(not DRIVEN, reason="this transformers keeps states in caches of their own")
+MIXERS = {"mamba": (0, 1, 2), "mamba2": (0, 1, 2), "falcon_mamba": (0, 1, 2), "lfm2": (0, 2), "jamba": (0, 2),
+          "bamba": (0, 2), "falcon_h1": (0, 1, 2), "qwen3_next": (0, 2), "zamba2": (0, 1, 2)}  # fmt: skip
+ATTENTION = {"lfm2": (1,), "jamba": (1,), "bamba": (1,), "falcon_h1": (0, 1, 2), "qwen3_next": (1,), "zamba2": (1,)}
+PROMPTS = {f"n{length}": models.tokens(length) for length in (1, 2, 3, 16, 33)}
+"""Shorter than the convolution, and on both sides of a chunk of 16."""
+
+
+@needs_states
+@pytest.mark.parametrize("name", models.STATEFUL)
+def test_taps_of_mixers(name: str) -> None:
+    taps = HFEngine(models.build(name)).taps
+    states = ("conv_state",) if name == "lfm2" else ("conv_state", "ssm_state")
+    assert {tensor: taps[tensor] for tensor in (*states, "mixer_out")} == dict.fromkeys(
+        (*states, "mixer_out"), MIXERS[name]
+    )
+    assert ("ssm_state" in taps) == ("ssm_state" in states)
+    assert taps.get("k_cache", ()) == ATTENTION.get(name, ())
+    assert {"embed", "x_in", "attn_norm", "x_out", "final_norm", "logits"} <= set(taps)
+
+
+@needs_states
+@pytest.mark.parametrize("name", models.STATEFUL)
+def test_clean_runs_of_mixers(name: str) -> None:
+    result = probe(models.build(name), PROMPTS, mode="both", steps=2, payload="none")
+    assert result.verdict in CLEAN, result.reason
+    events = [event for trace in result.traces for event in trace.events if event.event == "cache_readback"]
+    assert all(event.measured["states"] > 0 and event.measured["different"] == 0 for event in events)
+    assert all((event.measured["rows"] > 0) == (name in ATTENTION) for event in events)
+
+
+@needs_states
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["mamba2", "lfm2"])
+def test_clean_runs_of_mixers_in_other_dtypes(name: str, dtype: str) -> None:
+    result = probe(models.build(name, dtype=dtype, seed=1), {"n33": PROMPTS["n33"]}, steps=2, payload="none")
+    assert result.verdict in CLEAN, result.reason
+
+
+def bare(model: Any, count: int) -> tuple[Any, Any]:
+    """Return the logits of a decode step after a prefill of `count` tokens, and its cache, without the probe."""
+    ids = torch.tensor([models.tokens(count)])
+    new = torch.tensor([HFEngine(model).greedy(models.tokens(count), 1)])
+    word = "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
+    with torch.no_grad():
+        cache = past_of(model(ids, use_cache=True))
+        return model(new, **{word: cache}, use_cache=True).logits[0, -1:], cache
+
+
+@needs_states
+@pytest.mark.parametrize("name", models.STATEFUL)
+def test_states_are_those_that_the_token_leaves(name: str) -> None:
+    model = models.build(name)
+    items = run_arms(HFEngine(model), 9, "P", "D", "E7", "N1")
+    logits, cache = bare(model, 9)
+    assert tap(items["D"], "logits").array.tobytes() == to_array(logits).tobytes()
+    for layer in MIXERS[name]:
+        held = stored_states(cache, layer)
+        for tensor, states in (("conv_state", held.conv), ("ssm_state", held.recurrent)):
+            if not states:
+                continue
+            found = tap(items["D"], tensor, layer).array
+            assert found.tobytes() == to_array(states[0][0]).tobytes()
+            np.testing.assert_allclose(tap(items["P"], tensor, layer).array, found, rtol=1e-3, atol=1e-4)
+            assert tap(items["N1"], tensor, layer).array.shape == found.shape
+            assert not any((item.tensor, item.layer) == (tensor, layer) for item in items["E7"])
+    assert row_layers(cache) == list(ATTENTION.get(name, ()))
+
+
+def after_each_prefill(model: Any, change: Any) -> Any:
+    """Hook a change of the cache in behind every prefill, as a fault of what is carried over would."""
+
+    def hook(_model: object, _args: object, call: Any, output: Any) -> None:
+        if call["input_ids"].shape[1] > 1:
+            change(past_of(output))
+
+    return model.register_forward_hook(hook, with_kwargs=True)
+
+
+@needs_states
+@pytest.mark.parametrize("name", ["mamba2", "lfm2"])
+def test_a_state_that_is_lost_between_calls_is_a_matter_of_contents(name: str) -> None:
+    """Arm A is given the state that the prefill's mixer left, and agrees."""
+    model = models.build(name)
+    after_each_prefill(model, lambda cache: [state.zero_() for state in stored_states(cache, 0).all])
+    result = probe(model, {"a": models.tokens(16)}, mode="kv_aligned", payload="none")
+    assert result.verdict is Verdict.MISMATCH
+    assert result.first_failure is not None
+    assert (result.first_failure.layer, result.first_failure.tensor) == (0, "conv_state")
+    assert result.judgement.modes["kv_aligned"].prompts[0].reading is Reading.CONTENTS
+
+
+@needs_states
+def test_a_state_that_does_not_keep_what_it_is_given_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    from driftprobe.engines.hf import engine
+
+    model = models.build("mamba2")
+    after_each_prefill(model, lambda cache: [state.zero_() for state in stored_states(cache, 0).all])
+    monkeypatch.setattr(engine, "stored_states", lambda cache, layer: stored_states(cache, layer).copy())
+    result = probe(model, {"a": models.tokens(16)}, mode="kv_aligned", payload="none")
+    assert result.verdict is Verdict.NOT_AVAILABLE
+    assert "states differ" in result.reason
+
+
+@pytest.mark.skipif(DRIVEN, reason="driven here")
+def test_states_in_caches_of_their_own_are_refused() -> None:
+    with pytest.raises(ModelError, match="update_conv_state"):
+        new_cache(models.build("mamba"))
