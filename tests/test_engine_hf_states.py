@@ -63,12 +63,18 @@ def test_clean_runs_of_mixers_in_other_dtypes(name: str, dtype: str) -> None:
 
 def bare(model: Any, count: int) -> tuple[Any, Any]:
     """Return the logits of a decode step after a prefill of `count` tokens, and its cache, without the probe."""
-    ids = torch.tensor([models.tokens(count)])
-    new = torch.tensor([HFEngine(model).greedy(models.tokens(count), 1)])
-    word = "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
-    with torch.no_grad():
-        cache = past_of(model(ids, use_cache=True))
-        return model(new, **{word: cache}, use_cache=True).logits[0, -1:], cache
+    parameters = inspect.signature(model.forward).parameters
+    word = "cache_params" if "cache_params" in parameters else "past_key_values"
+    tokens = [*models.tokens(count), *HFEngine(model).greedy(models.tokens(count), 1)]
+    cache: Any = None
+    for start, stop in ((0, count), (count, count + 1)):
+        call: dict[str, Any] = {word: cache} if cache is not None else {}
+        if "position_ids" in parameters:  # Bamba takes a decode step without them for position 0 (transformers 5.23)
+            call["position_ids"] = torch.arange(start, stop)[None]
+        with torch.no_grad():
+            output = model(torch.tensor([tokens[start:stop]]), use_cache=True, **call)
+        cache = past_of(output)
+    return output.logits[0, -1:], cache
 
 
 @needs_states
