@@ -72,6 +72,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         n_routed_experts=4, n_group=2, topk_group=1, n_shared_experts=1, moe_intermediate_size=48, kv_lora_rank=16,
         q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, first_k_dense_replace=1,
         num_key_value_heads=4)),
+    "llama4": Architecture("Llama4", _moe(
+        attention_chunk_size=12, num_local_experts=4, head_dim=16, intermediate_size_mlp=96, num_experts_per_tok=1,
+        interleave_moe_layer_step=2, layer_types=["chunked_attention", "full_attention", "chunked_attention"]),
+        config="Llama4TextConfig"),
     "mamba": Architecture("Mamba", {"state_size": 8, "num_hidden_layers": 3}, _NO_ATTENTION, ("eager",)),
     "mamba2": Architecture("Mamba2", {"state_size": 8, "num_heads": 8, "head_dim": 16, "expand": 2,
                                       "n_groups": 2, "chunk_size": 16}, _NO_ATTENTION, ("eager",)),

@@ -57,11 +57,13 @@ TAPS: dict[str, frozenset[str]] = {
     "olmo2": (LLAMA | NORMS) - {"attn_norm", "ffn_norm"},  # its norms stand after attention and MLP
     "cohere": (LLAMA | NORMS) - {"x_mid", "ffn_norm"},
     "gpt_oss": LLAMA | EXPERTS,
+    "llama4": LLAMA | {"router_logits"},
     "deepseek_v3": (LLAMA | EXPERTS) - {"k_proj", "v_proj"},  # made from a latent, all rows at once
 }
 """From transformers 4.57 on, in every kernel."""
 SOME_LAYERS = {
     "deepseek_v3": dict.fromkeys(EXPERTS, (1, 2)),  # the first layer is dense
+    "llama4": {"router_logits": (1,)},  # every second layer has experts
     "smollm3": dict.fromkeys(ROPE, (0, 2)),  # layer 1 does not rotate
 }
 

@@ -45,6 +45,24 @@ def test_a_token_at_the_edge_of_the_window_is_clean(name: str) -> None:
     assert result.verdict in CLEAN, result.reason
 
 
+@pytest.mark.skipif("llama4" not in KNOWN, reason="no llama4 in this transformers")
+def test_rows_are_cut_to_the_chunk() -> None:
+    """Token 20 is in the second chunk of 12: layers 0 and 2 see rows 12 to 20, whatever their cache still holds."""
+    heard = run_arms(HFEngine(models.build("llama4", attn="sdpa")), 20, "P", "D", "E7")
+    for items in heard.values():
+        spans = [(len(tap(items, "k_cache", i).array), tap(items, "k_cache", i).row_start) for i in range(3)]
+        assert spans == [(9, 12), (21, 0), (9, 12)]
+        assert [tap(items, "attn_probs", i).array.shape[-1] for i in range(3)] == [9, 21, 9]
+        assert all(np.isfinite(tap(items, "attn_scores", i).array).all() for i in range(3))
+
+
+@pytest.mark.skipif("llama4" not in KNOWN, reason="no llama4 in this transformers")
+def test_a_token_at_the_edge_of_the_chunk_is_clean() -> None:
+    prompts = {f"n{n}": models.tokens(n) for n in (WINDOW - 2, WINDOW - 1, WINDOW, 2 * WINDOW - 1, 2 * WINDOW)}
+    result = probe(models.build("llama4"), prompts, mode="both", steps=2, payload="none")
+    assert result.verdict in CLEAN, result.reason
+
+
 @pytest.mark.parametrize("name", [name for name in ("llama", "mistral", "deepseek_v3", "falcon") if name in KNOWN])
 def test_an_aligned_cache_is_read_back(name: str) -> None:
     result = probe(models.build(name, attn="sdpa"), {"a": models.tokens(16)}, mode="kv_aligned", steps=2)

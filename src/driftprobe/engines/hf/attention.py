@@ -183,6 +183,14 @@ def sliding_window(attention: object, index: int) -> int | None:
     return _tokens(getattr(config, "sliding_window", None))
 
 
+def attention_chunk(attention: object, index: int) -> int | None:
+    """Return the chunk in tokens outside which a layer attends to nothing (Llama 4), or None."""
+    config = getattr(attention, "config", None)
+    kinds = getattr(config, "layer_types", None) or ()
+    chunked = index < len(kinds) and "chunked" in kinds[index]
+    return _tokens(getattr(config, "attention_chunk_size", None)) if chunked else None
+
+
 def _tokens(window: object) -> int | None:
     return window if isinstance(window, int) and window > 0 else None
 

@@ -19,6 +19,7 @@ from driftprobe.engines.hf.attention import (
     AttentionCall,
     AttentionOps,
     attention_calls,
+    attention_chunk,
     columns,
     scores_of,
     sliding_window,
@@ -83,11 +84,14 @@ class Heard:
     states: dict[int, States] = field(default_factory=dict)
     """Layer -> the states that its mixer left behind."""
 
-    def visible(self, row: int, stored: int, window: int | None) -> tuple[int, int, int]:
-        """Return (low, high, start): columns [low, high) of `stored` that a row may see, and the first's position."""
+    def visible(self, row: int, stored: int, window: int | None, chunk: int | None) -> tuple[int, int, int]:
+        """Return (low, high, start): columns [low, high) of `stored` that a row may see, and the first's position.
+
+        A sliding window ends at the row; a chunk begins at a multiple of its size.
+        """
         position = self.first_position + row
         offset = max(self.first_position + self.tokens - stored, 0)
-        start = max(offset, position + 1 - window if window else 0)
+        start = max(offset, position + 1 - window if window else 0, position - position % chunk if chunk else 0)
         return start - offset, position + 1 - offset, start
 
 
@@ -290,7 +294,8 @@ class Spy:
             declared = sliding_window(self.anatomy.layers[layer].attention, layer)
             window = heard.windows.get(layer, declared)
             rows = heard.given.get(layer, cached) if layer in self.learned.expanded else cached
-            spans = [heard.visible(row, rows.keys_GSD.shape[1], window) for row in heard.wanted]
+            chunk = attention_chunk(self.anatomy.layers[layer].attention, layer)
+            spans = [heard.visible(row, rows.keys_GSD.shape[1], window, chunk) for row in heard.wanted]
             if layer in self.learned.expanded or (layer, "_value") not in heard.taps:
                 newest = [high - 1 for _, high, _ in spans]  # the cache was not given keys and values, or not heard
                 for name, stored in (("_key", rows.keys_GSD), ("_value", rows.values_GSD)):
@@ -317,7 +322,8 @@ class Spy:
             heard.given[layer] = Rows(call.key_BGSD[0].detach().clone(), call.value_BGSD[0].detach().clone())
         found = []
         for row in heard.wanted:
-            low, high, _ = heard.visible(row, columns(call), window)
+            chunk = attention_chunk(self.anatomy.layers[layer].attention, layer)
+            low, high, _ = heard.visible(row, columns(call), window, chunk)
             pair = scores_of(call, row, low, high)
             if pair is None:
                 return
