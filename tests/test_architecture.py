@@ -27,7 +27,7 @@ LADDER = (
     {"fingerprint"},
     {"trace_checks"},
     {"trace"},
-    {"plan", "payload"},
+    {"plan", "payload", "boundaries"},
     {"load", "compare"},
     {"floor", "validate"},
     {"judgement"},

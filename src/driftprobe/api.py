@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from driftprobe.artifacts import Layout, check_place, copy_run, keep_other_modes, staged, write_reports
+from driftprobe.boundaries import LONGEST, Boundaries
+from driftprobe.boundaries import boundaries as derive
 from driftprobe.capture import CaptureOptions, capture, trace_name
 from driftprobe.diagnose import diagnose
 from driftprobe.engines import open_engine
@@ -22,7 +24,7 @@ from driftprobe.judgement import Failure, Impact, Judgement, Limits, Verdict
 from driftprobe.load import load_traces, traces_folder
 from driftprobe.payload import Payloads
 from driftprobe.plan import Mode, Plan, Prompt, make_plan
-from driftprobe.prompts import LENGTHS, Source, builtin_prompt, make_prompts
+from driftprobe.prompts import LENGTHS, Source, boundary_prompts, builtin_prompt, make_prompts
 from driftprobe.prune import prune_payloads
 from driftprobe.report import render_all
 from driftprobe.trace import Trace
@@ -127,6 +129,8 @@ def probe(
     layers: Sequence[int] | None = None,
     payload: str = "failing",
     fault: str | None = None,
+    boundaries: bool = False,
+    longest: int = LONGEST,
     out: str | Path | None = None,
 ) -> Result:
     """Run a model both ways and return the verdict.
@@ -134,7 +138,8 @@ def probe(
     `model` is a local folder, `builtin:tiny`, or a causal language model object of transformers (its dtype and
     attention kernel stay as they are). `prompts` maps names to text or token ids, or lists them; token ids need no
     tokenizer. The default is the three built-in prompts. `out` is the artifacts folder to write; without it traces
-    live in a temporary folder as long as the result does, and `Result.write` keeps them.
+    live in a temporary folder as long as the result does, and `Result.write` keeps them. `boundaries` adds prompts at
+    the lengths where the model itself switches, up to `longest` tokens (see `driftprobe.boundaries`).
 
     Raises UsageError (or a subclass) for input that cannot be used, EngineError where the model fails while it runs.
     """
@@ -147,6 +152,8 @@ def probe(
 
         engine = HFEngine(model, tokenizer)
     chosen = builtin_prompts(engine) if prompts is None else make_prompts(prompts, engine)
+    if boundaries:
+        chosen += boundary_prompts(find_boundaries(engine, steps, longest), engine, () if prompts is None else chosen)
     options = RunOptions(
         modes=modes, steps=steps, seed=seed, layers=None if layers is None else tuple(layers), payload=payload,
         fault=fault, date=calendar.today().isoformat(), output="" if out is None else str(out),
@@ -228,6 +235,12 @@ def make_plans(engine: Engine, prompts: Sequence[Prompt], options: RunOptions) -
 def builtin_prompts(engine: Engine, names: Iterable[str] = tuple(LENGTHS)) -> list[Prompt]:
     """Return built-in prompts by name."""
     return [builtin_prompt(name, engine) for name in names]
+
+
+def find_boundaries(engine: Engine, steps: int = 1, longest: int = LONGEST) -> Boundaries:
+    """Return the lengths at which the engine's model switches, and which of them are probed."""
+    facts = engine.facts
+    return derive(facts.switches, max_positions=facts.max_positions, steps=steps, longest=longest)
 
 
 def parse_mode(word: str) -> tuple[Mode, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from driftprobe.boundaries import Boundaries
 from driftprobe.engines.base import Engine
 from driftprobe.errors import UsageError
 from driftprobe.plan import Prompt
@@ -25,7 +26,7 @@ TEXT = (
 SHORT_TEXT = "Hi"
 LENGTHS = {"p0_short": 2, "p6_len_16": 16, "p6_len_32": 32}
 """Built-in prompts and their token counts; p0_short has at most this many."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 
 Source = str | Sequence[int]
 
@@ -48,12 +49,20 @@ def builtin_prompt(name: str, engine: Engine) -> Prompt:
     return make_prompt(name, tokens[:length], engine)
 
 
+def boundary_prompts(found: Boundaries, engine: Engine, given: Sequence[Prompt] = ()) -> list[Prompt]:
+    """Return a prompt for each boundary: the given prompts over and over, or the built-in text where none is given."""
+    tokens = [token for prompt in given for token in prompt.token_ids] or engine.tokenize(TEXT)
+    return [
+        make_prompt(b.name, [tokens[i % len(tokens)] for i in range(b.prompt_length)], engine) for b in found.probed
+    ]
+
+
 def make_prompt(name: str, source: Source, engine: Engine) -> Prompt:
     """Return a prompt from text or token ids. Raises UsageError for a bad name, an id outside the vocabulary."""
     if not _NAME.fullmatch(name):
         raise UsageError(
             "prompt name cannot be a file name", where="prompts", measured=repr(name)[:80],
-            allowed="1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit",
+            allowed="1 to 64 letters, digits, '.', '_', '+' or '-', the first a letter or digit",
             next_step="rename the prompt",
         )  # fmt: skip
     if isinstance(source, str) and any("\ud800" <= letter <= "\udfff" for letter in source):

@@ -42,6 +42,8 @@ class EngineFacts:
     kv_heads: int = 0
     vocabulary: int = 0
     max_positions: int = 0
+    switches: dict[str, int] = field(default_factory=dict)
+    """Total lengths in tokens at which something in the model switches, by kind: `{"window": 4096}`."""
     device: str = ""
 
 

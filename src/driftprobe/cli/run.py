@@ -12,15 +12,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from driftprobe.api import Progress as ToldStep
-from driftprobe.api import RunOptions, Step, builtin_prompts, parse_mode, run
+from driftprobe.api import RunOptions, Step, builtin_prompts, find_boundaries, parse_mode, run
 from driftprobe.artifacts import check_place, place_of, stage_of
+from driftprobe.boundaries import LONGEST, Boundaries
 from driftprobe.cli.show import show
 from driftprobe.engines import open_engine
 from driftprobe.engines.base import Engine
 from driftprobe.errors import UsageError
 from driftprobe.faults import find_fault
 from driftprobe.plan import Prompt
-from driftprobe.prompts import LENGTHS, make_prompt, make_prompts, read_prompt_file
+from driftprobe.prompts import LENGTHS, boundary_prompts, make_prompt, make_prompts, read_prompt_file
 
 _EPILOG = """\b
 Examples:
@@ -41,6 +42,8 @@ Reports go to OUT/DATE/NAME. Exit codes: 0 NO_DRIFT or STRUCTURAL_DRIFT, 1 MISMA
 @click.option("--prompts", default=None, help=f"Built-in prompts, comma-separated: {','.join(LENGTHS)}. Default: all.")
 @click.option("--prompt", "texts", multiple=True, help="A prompt of your own; may be given several times.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="JSON or TOML: names to text or token ids.")
+@click.option("--boundaries", is_flag=True, help="Add prompts at the lengths where the model switches, at -1, 0, +1.")
+@click.option("--longest", type=int, default=LONGEST, show_default=True, help="Longest boundary in tokens.")
 @click.option("--dtype", default="float32", show_default=True, help="float64, float32, bfloat16 or float16.")
 @click.option("--attn", default=None, help="eager or sdpa. Default: the model's own.")
 @click.option("--layers", default="all", show_default=True, help="Layers to record: all, or e.g. 0,1,2,4,8.")
@@ -61,6 +64,8 @@ def command(
     prompts: str | None,
     texts: tuple[str, ...],
     prompt_file: Path | None,
+    boundaries: bool,
+    longest: int,
     dtype: str,
     attn: str | None,
     layers: str,
@@ -86,7 +91,12 @@ def command(
     console = Console(highlight=False)
     with _told(quiet) as progress, _kept_on_interrupt(root):
         loaded = open_engine(engine, model=model, dtype=dtype, attn=attn)
-        result = run(loaded, _prompts(loaded, prompts, texts, prompt_file), options, root, progress)
+        chosen = _prompts(loaded, prompts, texts, prompt_file)
+        if boundaries:
+            found = find_boundaries(loaded, steps, longest)
+            _show_boundaries(found, console)
+            chosen += boundary_prompts(found, loaded)
+        result = run(loaded, chosen, options, root, progress)
     facts = loaded.facts
     console.print(f"{facts.model}  {facts.dtype}  {facts.attention}  {facts.version}", style="dim", soft_wrap=True)
     if fault is not None:
@@ -109,6 +119,15 @@ def _prompts(engine: Engine, names: str | None, texts: tuple[str, ...], prompt_f
         raise UsageError("two prompts of one name", where="prompts", measured=twice, allowed="each name once",
                          next_step="rename one of them")  # fmt: skip
     return chosen
+
+
+def _show_boundaries(found: Boundaries, console: Console) -> None:
+    """Say which lengths are probed and why, and which are not."""
+    if not found.probed:
+        console.print("boundaries: the model states no length at which it switches and that fits", style="yellow")
+    for words, items in (("boundary", found.probed), ("left out", found.left_out)):
+        for item in items:
+            console.print(f"{words} {item.name}: {item.length} tokens in all; {item.why}", style="dim", soft_wrap=True)
 
 
 def _layers(word: str) -> tuple[int, ...] | None:

@@ -18,6 +18,7 @@ from driftprobe.engines.hf.noise import rounding_noise
 from driftprobe.engines.hf.planting import Site, cannot_act, plant
 from driftprobe.engines.hf.spy import Heard, Learned, Rows, Spy
 from driftprobe.engines.hf.states import States, stored_states
+from driftprobe.engines.hf.switches import max_positions, switches_of
 from driftprobe.engines.hf.trial import learn, taps_of, trial_length
 from driftprobe.errors import EngineError, ModelError
 from driftprobe.faults import Expected
@@ -28,8 +29,6 @@ from driftprobe.trace import EngineFacts, Event
 
 _SAMPLE = 6
 """Tokens of the run that shows whether a planted fault changes anything."""
-NO_LIMIT = 1 << 20
-"""Positions allowed where a model states no limit of its own (ALiBi, state-space)."""
 
 
 class HFEngine:
@@ -74,7 +73,8 @@ class HFEngine:
             heads=self.anatomy.heads,
             kv_heads=self.anatomy.kv_heads,
             vocabulary=self._vocabulary,
-            max_positions=int(getattr(config, "max_position_embeddings", 0) or NO_LIMIT),
+            max_positions=max_positions(config),
+            switches=switches_of(self.model, self.anatomy),
             device=str(self.model.device),
         )
 
