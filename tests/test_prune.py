@@ -57,9 +57,11 @@ def test_a_clean_run_keeps_its_logits_alone(tmp_path):
     assert before.verdict is after.verdict is Verdict.NO_DRIFT
 
 
-def test_a_failing_run_keeps_what_failed(tmp_path):
+def test_a_failing_run_keeps_what_failed_and_the_layer_where_it_began(tmp_path):
+    """A diagnosis reads what goes into the op that failed, and must be the same once the trace is pruned."""
     before, after, kept = pruned(tmp_path, drifting(0.1, D, (1, "q_proj"), caches=False))
-    assert kept == {(1, "q_proj"), (1, "x_out"), (None, "final_norm"), (None, "logits")}
+    began = {(1, tensor) for tensor in TAPS}
+    assert kept == {*began, (None, "embed"), (None, "final_norm"), (None, "logits")}
     assert before.verdict is after.verdict is Verdict.MISMATCH
     assert before.first_failure == after.first_failure
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from driftprobe.constants import constant_record, tensor_name
 from driftprobe.engines.base import Engine, Tapped
 from driftprobe.fingerprint import Array, fingerprint, row_hashes, to_float64
-from driftprobe.payload import FOLDER, write_payloads
+from driftprobe.payload import payload_file, write_payloads
 from driftprobe.plan import Plan, sequence, tokens_needed
 from driftprobe.taps import CACHE_TAPS
-from driftprobe.trace import Event, Header, PlannedRead, Record, Top, TraceWriter
+from driftprobe.trace import CONSTANTS, COST, Event, Header, PlannedRead, Record, Top, TraceWriter
 
 PAYLOAD_ARMS = "PDAE"
 """First letters of the arms whose tensors are kept whole: the rest, P', D' and N, are judged by their sketches."""
@@ -35,17 +37,24 @@ class CaptureOptions:
 
 
 def trace_name(plan: Plan) -> str:
-    """Return the trace's file name without its ending: `<prompt>_<mode>`."""
-    return f"{plan.prompt.name}_{plan.mode.value}"
+    """Return the trace's file name without its ending: `<prompt>_<mode>`, and `_<rung>` at one of the ladder's."""
+    return f"{plan.prompt.name}_{plan.mode.value}" + (f"_{plan.rung}" if plan.rung else "")
 
 
-def capture(plan: Plan, engine: Engine, folder: Path, options: CaptureOptions, progress: Progress) -> Path:
-    """Run every arm of a plan and write its trace into a folder; returns the trace's path.
+def choose_tokens(plan: Plan, engine: Engine) -> tuple[int, ...]:
+    """Return the sequence that all arms of a plan are fed from, with the engine's own next tokens in it."""
+    continuation = engine.greedy(plan.prompt.token_ids, plan.steps)
+    return sequence(plan.prompt, continuation, tokens_needed(plan))
+
+
+def capture(
+    plan: Plan, engine: Engine, tokens: tuple[int, ...], folder: Path, options: CaptureOptions, progress: Progress
+) -> Path:
+    """Run every arm of a plan over its tokens and write its trace into a folder; returns the trace's path.
 
     `progress` is called with a line after each arm. Raises OutputError where the folder cannot be written.
     """
-    continuation = engine.greedy(plan.prompt.token_ids, plan.steps)
-    tokens = sequence(plan.prompt, continuation, tokens_needed(plan))
+    started = time.perf_counter()
     header = _header(plan, engine, tokens, options)
     layers = frozenset(layer for where in header.taps.values() for layer in where)
     path = folder / f"{trace_name(plan)}.jsonl"
@@ -58,8 +67,16 @@ def capture(plan: Plan, engine: Engine, folder: Path, options: CaptureOptions, p
                 elif _wanted(item, header):
                     writer.record(_record(item, plan, tokens, header, kept))
             progress(f"{arm.name} {'+'.join(str(c.stop - c.start) for c in arm.passes)} tokens")
+        if options.payload != "none":  # without its tensor a constant says nothing
+            for constant in engine.constants(layers):
+                record = constant_record(constant, header, trace_name(plan))
+                kept.setdefault(CONSTANTS, {})[tensor_name(record)] = constant.array
+                writer.record(record)
         for arm_name, arrays in kept.items():
-            write_payloads(folder / _payload_file(plan, arm_name), arrays)
+            write_payloads(folder / payload_file(trace_name(plan), arm_name), arrays)
+        if plan.rung:
+            took = round(1000 * (time.perf_counter() - started))
+            writer.event(Event(event=COST, arm="", measured={"milliseconds": took}))
     return path
 
 
@@ -84,6 +101,7 @@ def _header(plan: Plan, engine: Engine, tokens: tuple[int, ...], options: Captur
         prompt_text=plan.prompt.text,
         steps=plan.steps,
         seed=plan.seed,
+        rung=plan.rung,
         date=options.date,
         reads=tuple(
             PlannedRead(arm=read.arm, phase=read.phase_name, step=read.step, position=read.position)
@@ -103,7 +121,7 @@ def _record(
     if header.payload != "none" and _keeps_payload(read.arm):
         name = f"{read.phase_name}.{read.step}.{'model' if item.layer is None else item.layer}.{item.tensor}"
         kept.setdefault(read.arm, {})[name] = item.array
-        reference = f"{_payload_file(plan, read.arm)}#{name}"
+        reference = f"{payload_file(trace_name(plan), read.arm)}#{name}"
     return Record(
         prompt=plan.prompt.name,
         phase=read.phase_name,
@@ -125,10 +143,6 @@ def _record(
 
 def _keeps_payload(arm: str) -> bool:
     return arm[0] in PAYLOAD_ARMS and not arm.endswith("'")
-
-
-def _payload_file(plan: Plan, arm: str) -> str:
-    return f"{FOLDER}/{trace_name(plan)}.{arm}.safetensors"
 
 
 def _top(logits: Array) -> Top | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +10,17 @@ from dataclasses import replace
 from driftprobe.causes import CAUSES
 from driftprobe.compare import NoPayloads, PayloadSource
 from driftprobe.explain import explain
-from driftprobe.judgement import Cell, Failure, Judgement, ModeJudgement, Reading, RowCheck, Status, TraceJudgement
+from driftprobe.judgement import (
+    Cell,
+    Diagnosis,
+    Failure,
+    Judgement,
+    ModeJudgement,
+    Reading,
+    RowCheck,
+    Status,
+    TraceJudgement,
+)
 from driftprobe.scene import Scene
 from driftprobe.taps import BY_NAME, CACHE_TAPS, execution_order, place
 from driftprobe.trace import Trace
@@ -28,25 +39,45 @@ def diagnose(judgement: Judgement, traces: Sequence[Trace] = (), payloads: Paylo
 
 
 def _diagnose_mode(mode: ModeJudgement, traces: dict[str, Trace], payloads: PayloadSource) -> ModeJudgement:
-    prompts = tuple(_diagnose_trace(item, traces.get(item.file), payloads) for item in mode.prompts)
+    prompts = tuple(_diagnose_prompt(item, traces, payloads) for item in mode.prompts)
     first = mode.first_failure
     if first is None:
         return replace(mode, prompts=prompts)
-    same = [
-        p.first_failure
-        for p in prompts
-        if p.first_failure is not None and replace(p.first_failure, root_cause="", diagnosis=None) == first
-    ]
+    same = [p.first_failure for p in prompts if p.first_failure is not None and _bare(p.first_failure) == _bare(first)]
     return replace(mode, prompts=prompts, first_failure=same[0])
+
+
+def _bare(failure: Failure) -> Failure:
+    return replace(failure, root_cause="", diagnosis=None)
+
+
+def _diagnose_prompt(item: TraceJudgement, traces: dict[str, Trace], payloads: PayloadSource) -> TraceJudgement:
+    """Diagnose a failure from the trace in which it was seen: the run's own, or its rung's on the ladder."""
+    first, ladder = item.first_failure, item.ladder
+    if first is None or ladder is None or not first.rung:
+        return _diagnose_trace(item, traces.get(item.file), payloads)
+    judged = _diagnose_trace(ladder.judged, traces.get(ladder.judged.file), payloads)
+    found = replace(judged.failures[0], rung=first.rung)
+    return replace(item, failures=(found, *item.failures[1:]), ladder=replace(ladder, judged=judged))
 
 
 def _diagnose_trace(item: TraceJudgement, trace: Trace | None, payloads: PayloadSource) -> TraceJudgement:
     first = item.first_failure
     if first is None:
         return item
-    if trace is not None:
-        first = replace(first, diagnosis=explain(Scene(trace, item, first, payloads)))
+    if trace is not None and first.diagnosis is None:
+        first = replace(first, diagnosis=explain(Scene(trace, item, first, payloads)) or _matched(first))
     return replace(item, failures=(replace(first, root_cause=root_cause(first, item)), *item.failures[1:]))
+
+
+def _matched(failure: Failure) -> Diagnosis | None:
+    """Return the cause that a matched filter named, where nothing else does."""
+    match = failure.match
+    if match is None:
+        return None
+    left = math.sqrt(max(failure.drift**2 - match.share**2, 0.0))
+    explained = min(1.0, (match.share / failure.drift) ** 2) if failure.drift else 0.0
+    return Diagnosis(match.cause, match.parameters, match.layer, match.tensor, left, explained, z=match.z)
 
 
 def root_cause(failure: Failure, item: TraceJudgement) -> str:

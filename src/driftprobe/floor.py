@@ -91,11 +91,14 @@ def _coarser(now: _Coarsest | None, dtypes: Iterable[str], origin: str) -> _Coar
     return now
 
 
-def measure_floors(header: Header, pairs: Iterable[Pair], controls: Controls) -> Floors:
+def measure_floors(
+    header: Header, pairs: Iterable[Pair], controls: Controls, guilty: frozenset[str] = frozenset()
+) -> Floors:
     """Return the floor at every place of `pairs` (decode's, arm A's), from the control pairs of each arm.
 
     Arms N raise `bounds` and with them the floor. An arm that rounding cannot explain by those bounds raises nothing:
-    it may have the very fault that is looked for. `innocent` tells which pairs those are.
+    it may have the very fault that is looked for. `innocent` tells which pairs those are; nor do arms known to be
+    `guilty`.
     """
     recorded = _recorded_dtypes((*pairs, *(pair for found in controls.values() for pair in found)))
     noise = {arm: found for arm, found in controls.items() if _NOISE.fullmatch(arm)}
@@ -109,7 +112,7 @@ def measure_floors(header: Header, pairs: Iterable[Pair], controls: Controls) ->
     others = {
         arm: found
         for arm, found in controls.items()
-        if arm not in noise and all(innocent(pair, alone) for pair in found)
+        if arm not in noise and arm not in guilty and all(innocent(pair, alone) for pair in found)
     }
     return Floors(_raise(bounds, others), bounds)
 

@@ -215,7 +215,7 @@ def _plausible(cells: Sequence[Cell]) -> Gate:
 
 def _large(cell: Cell) -> bool:
     """Beyond the limit, in whichever norm the evidence has: this gate ends in N/A, so it need not be proven."""
-    return cell.status is Status.FAIL or (cell.drift.value is not None and cell.drift.value > cell.floor.limit)
+    return cell.beyond_floor or (cell.drift.value is not None and cell.drift.value > cell.floor.limit)
 
 
 def _size(cell: Cell) -> str:

@@ -29,6 +29,11 @@ _CODES = {
 }
 
 
+def payload_file(trace: str, arm: str) -> str:
+    """Return the payload file of an arm, relative to the traces folder; `trace` is the trace's name without ending."""
+    return f"{FOLDER}/{trace}.{arm}.safetensors"
+
+
 def write_payloads(path: Path, arrays: dict[str, Array]) -> None:
     """Write tensors to one safetensors file. Raises OutputError where the place cannot be written."""
     body = {name: np.asarray(array, order="C") for name, array in sorted(arrays.items())}

@@ -9,7 +9,7 @@ from driftprobe.fingerprint import Array
 from driftprobe.judgement import Cell, Status, TraceJudgement
 from driftprobe.payload import Payloads, write_payloads
 from driftprobe.taps import CACHE_TAPS
-from driftprobe.trace import Record, Trace, TraceWriter
+from driftprobe.trace import CONSTANTS, Record, Trace, TraceWriter
 
 _Where = tuple[int, int | None, str]
 
@@ -32,7 +32,7 @@ def prune_payloads(trace: Trace, judged: TraceJudgement, folder: Path) -> None:
             continue
         file, _, name = record.payload.partition("#")
         files.add(file)
-        array = payloads.get(record) if _needed(record, wanted) else None
+        array = payloads.get(record) if _needed(record, wanted) or _explains(record, judged) else None
         if array is None:
             records.append(replace(record, payload=None))
         else:
@@ -58,6 +58,7 @@ def _wanted(judged: TraceJudgement) -> set[_Where]:
     cells = (*judged.cells, *judged.aligned_cells)
     failing: set[_Where] = {(c.step, c.layer, c.tensor) for c in cells if c.status is Status.FAIL or _close(c)}
     caches = {(step, tensor) for step, _, tensor in failing if tensor in CACHE_TAPS}
+    failing |= {where for match in judged.matches for where in match.places}
     return failing | {(c.step, c.layer, c.tensor) for c in cells if (c.step, c.tensor) in caches}
 
 
@@ -67,3 +68,20 @@ def _close(cell: Cell) -> bool:
 
 def _needed(record: Record, wanted: set[_Where]) -> bool:
     return record.tensor == "logits" or (record.step, record.layer, record.tensor) in wanted
+
+
+def _explains(record: Record, judged: TraceJudgement) -> bool:
+    """Whether a diagnosis may read this tensor: the model's constants, the layer that fails first, what goes into it.
+
+    A diagnosis made from the pruned trace must be the one that was made from the whole.
+    """
+    first = judged.first_failure
+    if first is None:
+        return False
+    if record.arm == CONSTANTS:
+        return True
+    if record.arm not in {"P", "D", "A", first.arm}:
+        return False
+    if first.layer is None:
+        return record.layer is None or record.layer == judged.engine.layers - 1
+    return record.layer == first.layer or record.tensor == "embed"

@@ -16,10 +16,10 @@ import msgspec
 
 from driftprobe.errors import OutputError, TraceError
 from driftprobe.fingerprint import SKETCH_SIZE
-from driftprobe.trace_checks import header_faults, json_object, record_faults
+from driftprobe.trace_checks import CONSTANT_ARM, header_faults, json_object, record_faults
 
 SCHEMA = "driftprobe/trace/1"
-CONSTANTS = "W"
+CONSTANTS = CONSTANT_ARM
 """The arm of records that hold constants of the model, not results: `q_proj.weight`, `rope.inv_freq` of a layer."""
 MAX_LINE = 64 * 1024 * 1024
 """Bytes of the longest line that is read: a K row hash for each of 2 million positions fits."""
@@ -36,6 +36,8 @@ class EngineFacts:
     """The dtype that the model computes in."""
     casts: dict[str, str] = field(default_factory=dict)
     """Coarser dtypes that the engine uses on the path, by the place that does it: `{"k_cache": "float16"}`."""
+    accumulate: str = ""
+    """The dtype that matrix products are summed in, whatever they are stored in; empty where that is not known."""
     attention: str = ""
     layers: int = 0
     heads: int = 0
@@ -132,6 +134,10 @@ class Record:
     def key(self) -> tuple[str, str, int, int | None, str, int | None]:
         """What makes a record unique in its file: arm, phase, step, layer, tensor, position."""
         return (self.arm, self.phase, self.step, self.layer, self.tensor, self.logical_tok_idx)
+
+
+COST = "cost"
+"""Event: what a rung of the precision ladder took, in `milliseconds`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

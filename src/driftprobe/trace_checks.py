@@ -16,6 +16,10 @@ from driftprobe.taps import BY_NAME, CACHE_TAPS, Scope
 if TYPE_CHECKING:
     from driftprobe.trace import Header, Record
 
+CONSTANT_ARM = "W"
+"""The arm of the model's constants."""
+CONSTANT_PHASE = "constant"
+"""Their phase; their step is 0."""
 Fault = tuple[str, str, str, str]
 """What is wrong, what was measured, what is allowed, how to mend it."""
 
@@ -54,8 +58,8 @@ def _finite(text: str) -> float:
 
 
 def record_faults(record: Record, sketch_size: int | None = None) -> list[Fault]:
-    """Return what a record says that cannot all be true (M7, M12 to M18)."""
-    found = _place_faults(record)
+    """Return what a record says that cannot all be true (M7, M12 to M18, M23)."""
+    found = _place_faults(record) + _constant_faults(record)
     if record.dtype is not None and record.dtype not in DTYPES:
         found.append(("unknown dtype", record.dtype, ", ".join(DTYPES), "use one of the format's names"))
     found += _shape_faults(record, sketch_size) + statistic_faults(record)
@@ -100,6 +104,19 @@ def _place_faults(record: Record) -> list[Fault]:
         found.append(("phase disagrees with the step", f"{record.phase}, step {record.step}", "decodeK at step K",
                       "count both from 0"))  # fmt: skip
     return found
+
+
+def _constant_faults(record: Record) -> list[Fault]:
+    """Constants have an arm and a phase of their own, no step and no token (M23)."""
+    if record.arm != CONSTANT_ARM and record.phase != CONSTANT_PHASE:
+        return []
+    fits = record.arm == CONSTANT_ARM and record.phase == CONSTANT_PHASE and record.step == 0
+    if fits and record.logical_tok_idx is None and record.token_id is None and record.tensor not in BY_NAME:
+        return []
+    measured = f"arm {record.arm}, {record.phase}, step {record.step}, {record.tensor}"
+    return [("a constant that is none", measured,
+             f"arm {CONSTANT_ARM}, phase {CONSTANT_PHASE}, step 0, no token, and not the name of a tap",
+             "write results under another arm, and constants under this one")]  # fmt: skip
 
 
 def _shape_faults(record: Record, sketch_size: int | None) -> list[Fault]:

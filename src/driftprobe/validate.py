@@ -15,7 +15,7 @@ from driftprobe.errors import TraceError
 from driftprobe.load import Loaded, survey
 from driftprobe.payload import Payloads
 from driftprobe.taps import BY_NAME, TAPS, place
-from driftprobe.trace import Problem, Record, Trace
+from driftprobe.trace import CONSTANTS, Problem, Record, Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def _incomplete(trace: Trace) -> Iterable[Finding]:
 def _unseen_taps(trace: Trace) -> Iterable[Finding]:
     """Name each tap that the header promises and some arm never recorded."""
     seen: dict[str, set[tuple[str, int | None]]] = {arm: set() for arm in _arms(trace)}
-    for record in trace.records:
+    for record in _results(trace):
         seen[record.arm].add((record.tensor, record.layer))
     for tensor, layers in trace.header.taps.items():
         wanted: list[tuple[str, int | None]] = [(tensor, layer) for layer in layers or (None,)]
@@ -146,7 +146,7 @@ def _unanswered_reads(trace: Trace) -> Iterable[Finding]:
 
 
 def _unknown_taps(trace: Trace) -> Iterable[Finding]:
-    unknown = sorted({record.tensor for record in trace.records} - BY_NAME.keys())
+    unknown = sorted({record.tensor for record in _results(trace)} - BY_NAME.keys())
     if unknown:
         yield ("unknown tensor names", ", ".join(map(ascii, unknown)), ", ".join(tap.name for tap in TAPS),
                "use the canonical names; unknown ones are compared, but no op is known for them")  # fmt: skip
@@ -189,5 +189,10 @@ _HASH = re.compile("0x[0-9a-f]{16}")
 
 def _arms(trace: Trace) -> list[str]:
     """Return the arms, in the order in which the plan, then the records name them."""
-    named = [read.arm for read in trace.header.reads] + [record.arm for record in trace.records]
+    named = [read.arm for read in trace.header.reads] + [record.arm for record in _results(trace)]
     return list(dict.fromkeys(named))
+
+
+def _results(trace: Trace) -> list[Record]:
+    """Return what arms computed: all but the model's constants."""
+    return [record for record in trace.records if record.arm != CONSTANTS]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+from driftprobe.climb import climb, in_words
 from driftprobe.compare import Drift, Pair, Pairing, PayloadSource, pair
 from driftprobe.floor import LIMIT, Controls, Floor, Floors, innocent, is_control, is_extension, measure_floors
 from driftprobe.gates import Evidence, measure_determinism, pass_gates
@@ -23,9 +25,11 @@ from driftprobe.judgement import (
     TraceJudgement,
     Verdict,
 )
+from driftprobe.local import LOCAL_LIMIT, Bench, bench, own_rounding
+from driftprobe.matched import match_filters
 from driftprobe.rows import check_rows, kv_indicators
 from driftprobe.taps import ExecutionOrder, execution_order, place
-from driftprobe.trace import CONSTANTS, Record, Trace
+from driftprobe.trace import CONSTANTS, COST, Record, Trace
 
 _COMPARED = ("P", "D", "A")
 """The arms that a verdict is about; all others are controls, or the model's constants."""
@@ -34,10 +38,11 @@ MODES = ("as_designed", "kv_aligned")
 
 def judge(traces: Sequence[Trace], payloads: PayloadSource) -> Judgement:
     """Return the judgement of all traces of a folder: MISMATCH before N/A before STRUCTURAL_DRIFT before NO_DRIFT."""
-    judged = [judge_trace(trace, payloads) for trace in traces]
+    base = base_traces(traces)
+    judged = [_climbed(trace, traces, payloads) for trace in base]
     names = [m for m in MODES if any(j.mode == m for j in judged)]
     names += sorted({j.mode for j in judged} - set(MODES))
-    modes = {name: _judge_mode(name, [j for j in judged if j.mode == name], traces) for name in names}
+    modes = {name: _judge_mode(name, [j for j in judged if j.mode == name], base) for name in names}
     verdict = _worst(mode.verdict for mode in modes.values())
     deciding = next((m for m in reversed(modes.values()) if m.verdict is verdict), None)
     return Judgement(
@@ -49,16 +54,36 @@ def judge(traces: Sequence[Trace], payloads: PayloadSource) -> Judgement:
     )
 
 
+def base_traces(traces: Sequence[Trace]) -> tuple[Trace, ...]:
+    """Return the runs themselves, without those of a ladder; a rung whose run is missing stands for itself."""
+    own = {(t.header.mode, t.header.prompt) for t in traces if not t.header.rung}
+    return tuple(t for t in traces if not t.header.rung or (t.header.mode, t.header.prompt) not in own)
+
+
+def _climbed(trace: Trace, traces: Sequence[Trace], payloads: PayloadSource) -> TraceJudgement:
+    """Return the judgement of one prompt in one mode, with the rung of the ladder that belongs to it."""
+    judged, mine = judge_trace(trace, payloads), (trace.header.mode, trace.header.prompt)
+    rung = next(
+        (t for t in traces if t.header.rung and t is not trace and (t.header.mode, t.header.prompt) == mine), None
+    )
+    if rung is None:
+        return judged
+    took = next((e.measured.get("milliseconds") for e in rung.events if e.event == COST), None)
+    return climb(judged, judge_trace(rung, payloads), rung.header.rung, None if took is None else took / 1000)
+
+
 def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
     """Return the judgement of one prompt in one mode."""
     decode, aligned = pair(trace, "P", "D", payloads), _aligned(trace, payloads)
     controls = _controls(trace, payloads)
-    floors = measure_floors(trace.header, (*decode.matched, *aligned.matched), controls)
-    cells, aligned_cells = _cells(decode.matched, floors), _cells(aligned.matched, floors)
+    local = _guilty_locally(trace, controls, payloads)
+    floors = measure_floors(trace.header, (*decode.matched, *aligned.matched), controls, frozenset(local))
+    cells = _cells(decode.matched, floors, bench(trace, decode.matched, payloads))
+    aligned_cells = _cells(aligned.matched, floors, bench(trace, aligned.matched, payloads))
     strangers = tuple(r for r in trace.records if r.arm not in (*_COMPARED, CONSTANTS) and not is_control(r.arm))
     evidence = Evidence(trace, decode, aligned, strangers, controls, floors, cells)
     gates = pass_gates(evidence)
-    failures = _failures(cells, controls, floors)
+    failures = _failures(cells, controls, floors, local)
     shut = any(not gate.passed for gate in gates)
     reading = Reading.NONE if shut else _reading(cells, aligned_cells)
     verdict, reason = _decide(gates, cells, failures, reading)
@@ -83,6 +108,7 @@ def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
         prompt_len=trace.header.prompt_len,
         foreign=trace.foreign,
         file=trace.path,
+        matches=tuple(cell.match for cell in cells if cell.match is not None),
     )
 
 
@@ -99,13 +125,29 @@ def _controls(trace: Trace, payloads: PayloadSource) -> Controls:
     return {arm: pair(trace, arm[:-1] if arm.endswith("'") else "P", arm, payloads).matched for arm in arms}
 
 
-def _cells(pairs: Iterable[Pair], floors: Floors) -> tuple[Cell, ...]:
+def _guilty_locally(trace: Trace, controls: Controls, payloads: PayloadSource) -> dict[str, list[tuple[Pair, float]]]:
+    """Return the longer prefills in which an op with equal inputs differs by more than its own rounding, and where."""
+    guilty: dict[str, list[tuple[Pair, float]]] = {}
+    for arm, pairs in controls.items():
+        if is_extension(arm):
+            on = bench(trace, pairs, payloads)
+            tested = [(pair, own_rounding(pair, on)) for pair in pairs]
+            found = [(pair, told.excess) for pair, told in tested if told is not None and told.excess > LOCAL_LIMIT]
+            guilty.update({arm: found} if found else {})
+    return guilty
+
+
+def _cells(pairs: Sequence[Pair], floors: Floors, on: Bench) -> tuple[Cell, ...]:
+    matches = {(m.step, m.layer, m.tensor): m for m in match_filters(pairs, on)}
     found = []
     for item in pairs:
         record = item.reference
-        floor = _floor_of(item, floors)
-        found.append(Cell(record.prompt, record.step, record.layer, record.tensor, item.drift, floor,
-                          _status(item.drift, floor), record, item.candidate))  # fmt: skip
+        floor, local = _floor_of(item, floors), own_rounding(item, on)
+        match = matches.get((record.step, record.layer, record.tensor))
+        beyond = match is not None or (local is not None and local.excess > LOCAL_LIMIT)
+        status = Status.FAIL if beyond else _status(item.drift, floor)
+        found.append(Cell(record.prompt, record.step, record.layer, record.tensor, item.drift, floor, status, record,
+                          item.candidate, local, match))  # fmt: skip
     return tuple(found)
 
 
@@ -122,33 +164,47 @@ def _status(drift: Drift, floor: Floor) -> Status:
     return Status.UNKNOWN if drift.lower_bound else Status.PASS
 
 
-def _failures(cells: Sequence[Cell], controls: Controls, floors: Floors) -> tuple[Failure, ...]:
+def _failures(
+    cells: Sequence[Cell], controls: Controls, floors: Floors, local: dict[str, list[tuple[Pair, float]]]
+) -> tuple[Failure, ...]:
     """Return the failures of decode and of guilty controls: earliest step first, each step in execution order.
 
     At the same tap decode comes before its controls.
     """
-    decode = [
-        _failure(cell.candidate, cell.drift, cell.floor, cell.candidate.phase)
-        for cell in cells
-        if cell.status is Status.FAIL
-    ]
+    decode = [_of_cell(cell) for cell in cells if cell.status is Status.FAIL]
     guilty = [
-        _failure(
-            item.candidate, item.drift, floors.bounds[(item.reference.layer, item.reference.tensor)], "prefill_ext"
-        )
+        _failure(item, floors.bounds[(item.reference.layer, item.reference.tensor)], "prefill_ext")
         for arm, pairs in controls.items()
         if is_extension(arm)
         for item in pairs
         if not innocent(item, floors)
     ]
+    known = {(f.arm, f.step, f.layer, f.tensor) for f in guilty}
+    guilty += [
+        replace(_failure(item, _floor_of(item, floors), "prefill_ext"), local=excess)
+        for found in local.values()
+        for item, excess in found
+        if (item.candidate.arm, item.reference.step, item.reference.layer, item.reference.tensor) not in known
+    ]
     return tuple(sorted((*decode, *guilty), key=_order))
+
+
+def _of_cell(cell: Cell) -> Failure:
+    """Return a failing cell's failure, with the local test or the matched filter where the floor did not tell it."""
+    failure = _failure(Pair(cell.reference, cell.candidate, cell.drift), cell.floor, cell.candidate.phase)
+    if cell.beyond_floor:
+        return failure
+    if cell.local is not None and cell.local.excess > LOCAL_LIMIT:
+        return replace(failure, local=cell.local.excess)
+    return replace(failure, match=cell.match)
 
 
 def _order(failure: Failure) -> tuple[int, ExecutionOrder, bool]:
     return (failure.step, execution_order(failure.layer, failure.tensor), failure.phase == "prefill_ext")
 
 
-def _failure(record: Record, drift: Drift, floor: Floor, phase: str) -> Failure:
+def _failure(pair: Pair, floor: Floor, phase: str) -> Failure:
+    record, drift = pair.candidate, pair.drift
     value = drift.at_least if drift.at_least is not None else math.nan
     return Failure(
         record.prompt, record.step, record.layer, record.tensor, value, floor.value, value / floor.value, phase,
@@ -180,7 +236,7 @@ def _decide(
     if shut is not None:
         return Verdict.NOT_AVAILABLE, f"gate '{shut.name}': {shut.detail}"
     if failures:
-        return Verdict.MISMATCH, _words(failures[0])
+        return Verdict.MISMATCH, in_words(failures[0])
     if reading is Reading.HARNESS:
         return Verdict.NOT_AVAILABLE, reading.words
     unknown = [cell for cell in cells if cell.status is Status.UNKNOWN]
@@ -194,15 +250,6 @@ def _decide(
     largest = max(cells, key=lambda cell: cell.excess or 0.0)
     return Verdict.STRUCTURAL_DRIFT, (
         f"largest excess {largest.excess:.2g} × floor, at {place(largest.layer, largest.tensor)}; limit {LIMIT:g}"
-    )
-
-
-def _words(failure: Failure) -> str:
-    """Return a failure in a sentence: what, where, measured, allowed."""
-    where = f"{place(failure.layer, failure.tensor)}, prompt {failure.prompt}, step {failure.step}"
-    return (
-        f"{failure.phase} differs from prefill_last at {where}: drift {failure.drift:.2e}, "
-        f"floor {failure.floor:.2e} (×{failure.excess:.3g}, limit {LIMIT:g})"
     )
 
 
@@ -238,7 +285,7 @@ def _judge_mode(name: str, judged: Sequence[TraceJudgement], traces: Sequence[Tr
     deciding = [item for item in judged if item.verdict is verdict]
     first = _first_of(judged)
     shown = max(deciding, key=_largest_excess, default=None)
-    reason = _words(first) if first is not None else f"{shown.prompt}: {shown.reason}" if shown is not None else ""
+    reason = in_words(first) if first is not None else f"{shown.prompt}: {shown.reason}" if shown is not None else ""
     cells = [cell for item in judged for cell in item.cells]
     return ModeJudgement(
         mode=name,

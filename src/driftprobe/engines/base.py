@@ -28,11 +28,32 @@ class Tapped:
     source: str = "captured"
 
 
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A number or tensor that the model computes with and does not change: a weight, an epsilon, a scale."""
+
+    layer: int | None
+    name: str
+    """`<tap>.<what>` (`q_proj.bias`, `attn_norm.eps`), or `rope.inv_freq` and its like; docs/trace-format.md."""
+    array: Array
+    """In the dtype in which the model keeps it; float64 for a plain number."""
+
+
 class Engine(Protocol):
     """One file in this folder and one line in its table make an engine."""
 
     perturbs: bool
     """Whether the engine can run arms N: its own ops with a rounding error added to each result."""
+
+    @property
+    def rungs(self) -> tuple[str, ...]:
+        """The higher precisions at which this engine can run everything again; empty where it cannot."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers its parameters hold: what a rung costs."""
+        ...
 
     @property
     def facts(self) -> EngineFacts:
@@ -58,6 +79,20 @@ class Engine(Protocol):
 
     def run(self, arm: Arm, token_ids: Sequence[int], layers: frozenset[int]) -> Iterator[Tapped | Event]:
         """Run one arm on a fresh cache and hand out what its reads ask for, in order of execution."""
+        ...
+
+    def constants(self, layers: frozenset[int]) -> Iterator[Constant]:
+        """Return the model's small constants: numbers and vectors, of these layers and outside the layers."""
+        ...
+
+    def weights(self, layer: int | None, tensor: str) -> Iterator[Constant]:
+        """Return the matrices of the op behind a tap; nothing where they are not known."""
+
+    def at(self, rung: str) -> AbstractContextManager[None]:
+        """Run at a rung while the context lasts: `facts` then tell the dtype and the casts that are left there.
+
+        A planted fault stays planted. Raises UsageError for a rung that is not one of `rungs`.
+        """
         ...
 
     def plant(self, fault: str, strength: float | None = None) -> AbstractContextManager[Expected]:

@@ -8,27 +8,32 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
-from driftprobe.engines.base import Tapped
+from driftprobe.engines.base import Constant, Tapped
 from driftprobe.engines.hf.anatomy import dissect, text_config
 from driftprobe.engines.hf.cache import TupleCache, filled, layer_count, new_cache, row_layers, rows_heard, stored_rows
+from driftprobe.engines.hf.constants import constants_of
 from driftprobe.engines.hf.fused import same_bits
+from driftprobe.engines.hf.host import to_array
+from driftprobe.engines.hf.lifting import RUNG, Narrowings, lifted
 from driftprobe.engines.hf.noise import rounding_noise
 from driftprobe.engines.hf.planting import Site, cannot_act, plant
 from driftprobe.engines.hf.spy import Heard, Learned, Rows, Spy
 from driftprobe.engines.hf.states import States, stored_states
 from driftprobe.engines.hf.switches import max_positions, switches_of
 from driftprobe.engines.hf.trial import learn, taps_of, trial_length
-from driftprobe.errors import EngineError, ModelError
+from driftprobe.engines.hf.weights import weights_of
+from driftprobe.errors import EngineError, ModelError, UsageError
 from driftprobe.faults import Expected
-from driftprobe.fingerprint import DTYPES, Array
 from driftprobe.plan import Arm, Pass, Phase, Read
 from driftprobe.taps import BY_NAME, execution_order
 from driftprobe.trace import EngineFacts, Event
 
 _SAMPLE = 6
 """Tokens of the run that shows whether a planted fault changes anything."""
+_WIDE_DEVICES = ("cpu", "cuda", "xpu")
+"""Devices that compute in float64."""
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class HFEngine:
@@ -68,6 +73,7 @@ class HFEngine:
             model=self._label,
             dtype=str(self.model.dtype).removeprefix("torch."),
             casts=self._casts,
+            accumulate=_accumulates(self.model),
             attention=str(getattr(config, "_attn_implementation", None) or "eager"),
             layers=len(self.anatomy.layers),
             heads=self.anatomy.heads,
@@ -122,6 +128,44 @@ class HFEngine:
                 if arm.keeps_rows_for is not None or aligns:
                     self._states[call.stop] = heard.states
                 yield from _hand_out(heard, call.reads, self.anatomy.layers)
+
+    def constants(self, layers: frozenset[int]) -> Iterator[Constant]:
+        """Return the model's small constants; see Engine.constants."""
+        with self._evaluating():
+            yield from constants_of(self.model, self.anatomy, self._learned, layers)
+
+    def weights(self, layer: int | None, tensor: str) -> Iterator[Constant]:
+        """Return the matrices of the op behind a tap; see Engine.weights."""
+        yield from weights_of(self.model, self.anatomy, self._learned, layer, tensor)
+
+    @property
+    def rungs(self) -> tuple[str, ...]:
+        """`float64`, where all of the model's weights are floats and its device computes in float64."""
+        weights = (parameter.dtype for parameter in self.model.parameters())
+        wide = self.model.device.type in _WIDE_DEVICES and all(dtype in _FLOATS for dtype in weights)
+        return (RUNG,) if wide else ()
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model's parameters hold; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @contextmanager
+    def at(self, rung: str) -> Iterator[None]:
+        """Run at a rung of the ladder while the context lasts; see Engine.at and lifting."""
+        if rung not in self.rungs:
+            raise UsageError(
+                "no such rung of the precision ladder", where=self._label, measured=rung,
+                allowed=", ".join(self.rungs) or "none: this device or these weights know no float64",
+                next_step="run with --ladder off",
+            )  # fmt: skip
+        before = self._inner_cast
+        with lifted(self.model):
+            try:
+                self._inner_cast = self._casts_inside()
+                yield
+            finally:
+                self._inner_cast = before
 
     @contextmanager
     def plant(self, fault: str, strength: float | None = None) -> Iterator[Expected]:
@@ -251,12 +295,15 @@ class HFEngine:
         return {**_casts(self.model), **self._inner_cast}
 
     def _casts_inside(self) -> dict[str, str]:
-        """Return the float32 casts inside a float64 model; norms, RoPE and softmax have them."""
+        """Return the coarsest dtype that a float64 model makes of float64 inside; norms, RoPE and softmax may."""
         if self.model.dtype != torch.float64:
             return {}
-        with self._evaluating(), Downcasts() as found:
-            self._forward(self._some_tokens(2), 0, self._cache())
-        return {"inside ops": "float32"} if found.seen else {}
+        tokens = self._some_tokens(_SAMPLE)
+        with self._evaluating(), Narrowings() as found:
+            cache = self._cache()
+            self._forward(tokens[:-1], 0, cache)
+            self._forward(tokens[-1:], _SAMPLE - 1, cache)
+        return {} if found.coarsest is None else {"inside ops": found.coarsest}
 
     def _noise(self, arm: Arm) -> AbstractContextManager[None]:
         if arm.noise_seed is None:
@@ -273,17 +320,6 @@ class HFEngine:
         finally:
             for module, training in before:  # one by one: parts of it may have been frozen
                 module.training = training
-
-
-def to_array(tensor: torch.Tensor) -> Array:
-    """Return a tensor as a NumPy array on the host, in its own dtype (bfloat16 and float8 through ml_dtypes)."""
-    host = tensor.detach().cpu().contiguous()
-    name = str(host.dtype).removeprefix("torch.")
-    if name.startswith(("bfloat16", "float8")):
-        width = torch.int16 if name == "bfloat16" else torch.uint8
-        return host.view(width).numpy().view(DTYPES[name])
-    array: Array = host.numpy()
-    return array
 
 
 def _hand_out(heard: Heard, reads: Sequence[Read], layers: Sequence[Any]) -> Iterator[Tapped]:
@@ -316,15 +352,15 @@ def _casts(model: Any) -> dict[str, str]:
     return {} if precision == "highest" else {"matmul": "tfloat32" if precision == "high" else "bfloat16"}
 
 
-class Downcasts(TorchFunctionMode):
-    """Notes whether any op makes float32 out of float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if isinstance(output, torch.Tensor) and output.dtype == torch.float32 and args:
-            self.seen |= isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64
-        return output
+def _accumulates(model: Any) -> str:
+    """Return the dtype that this process sums matrix products in; empty where a kernel may sum coarser parts."""
+    own = "float64" if model.dtype == torch.float64 else "float32"
+    if model.device.type == "cpu":
+        return own
+    if model.device.type != "cuda" or _casts(model):
+        return ""
+    matmul = torch.backends.cuda.matmul
+    flags = {torch.bfloat16: "allow_bf16_reduced_precision_reduction",
+             torch.float16: "allow_fp16_reduced_precision_reduction"}  # fmt: skip
+    reduced = getattr(matmul, flags.get(model.dtype, ""), False)
+    return "" if reduced else own

@@ -53,6 +53,10 @@ class Learned:
     """Layers without a norm before the MLP: the MLP's input is the residual stream."""
     router_outputs: dict[int, dict[str, int]] = field(default_factory=dict)
     """Layer -> tap -> which of the router's outputs it is."""
+    scales: dict[int, float] = field(default_factory=dict)
+    """Layer -> the factor that its attention scales scores by, where it was called with one."""
+    softcaps: dict[int, float] = field(default_factory=dict)
+    """Layer -> the cap of its scores, where its attention was called with one."""
 
 
 @dataclass(slots=True)
@@ -312,6 +316,10 @@ class Spy:
         if heard is None or not self.hears(layer):
             return
         heard.windows[layer] = window
+        if self.trial and call.key_BGSD is not None:
+            self.learned.scales[layer] = call.scale
+            if call.softcap:
+                self.learned.softcaps[layer] = float(call.softcap)
         if self.anatomy.rotary and call.query_BHTD is not None:
             self.take(layer, "q_rope", call.query_BHTD.transpose(1, 2))
             heard.unnamed |= set() if call.named else {(layer, "q_rope")}

@@ -1,0 +1,187 @@
+"""The matrices of a transformers model by the op they belong to, in one layout whatever the model's own is.
+
+A matrix is `[out, in]` as in y = W x; experts stand first, `[expert, out, in]`. Fused projections are split as their
+outputs are (`fused.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from driftprobe.engines.base import Constant
+from driftprobe.engines.hf.anatomy import Anatomy, Layer
+from driftprobe.engines.hf.fused import split
+from driftprobe.engines.hf.host import to_array
+from driftprobe.engines.hf.spy import Learned
+
+Tensor = torch.Tensor
+_GATE, _UP = ("gate_proj", "w1"), ("up_proj", "w3", "c_fc", "fc1", "dense_h_to_4h", "up")
+_DOWN = ("down_proj", "w2", "c_proj", "fc2", "dense_4h_to_h", "down")
+_GATE_UP = ("gate_up_proj",)
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A layer's experts: `[expert, out, in]` matrices."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    chosen: int
+    """How many experts a token goes to; 0 where that is not stated."""
+
+
+def weights_of(model: Any, anatomy: Anatomy, learned: Learned, index: int | None, tensor: str) -> Iterator[Constant]:
+    """Return the matrices of the op behind a tap; nothing where they are not known."""
+    if index is None:
+        head = output_head(model)
+        if tensor == "logits" and head is not None and isinstance(head.weight, Tensor):
+            yield Constant(None, "logits.weight", to_array(head.weight))
+        return
+    layer = anatomy.layers[index]
+    if tensor == "x_in" and index == 0:
+        positions = position_table(model)
+        if positions is not None:
+            yield Constant(0, "x_in.positions", to_array(positions))
+    elif tensor in _PROJECTIONS:
+        found = projections(layer, anatomy, learned)
+        if tensor in found:
+            yield Constant(index, f"{tensor}.weight", to_array(found[tensor]))
+    elif tensor == "attn_out":
+        matrix = matrix_of(layer.out_proj)
+        if matrix is not None:
+            yield Constant(index, "attn_out.weight", to_array(matrix))
+    elif tensor == "router_logits" and isinstance(getattr(layer.router, "weight", None), Tensor):
+        assert layer.router is not None
+        yield Constant(index, "router_logits.weight", to_array(layer.router.weight))  # type: ignore[arg-type]
+    elif tensor in ("mlp_out", "x_out"):
+        for name, matrix in mlp_matrices(layer).items():
+            yield Constant(index, f"mlp_out.{name}", to_array(matrix))
+
+
+def output_head(model: Any) -> Any:
+    """Return the module that makes logits, where it has a weight; None else."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return head if hasattr(head, "weight") else None
+
+
+def matrix_of(module: Any) -> Tensor | None:
+    """Return a linear module's weight as `[out, in]`."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    return weight.T if type(module).__name__ == "Conv1D" else weight
+
+
+def projections(layer: Layer, anatomy: Anatomy, learned: Learned) -> dict[str, Tensor]:
+    """Return tap -> `[out, in]` of q, k and v."""
+    found = {name: matrix_of(getattr(layer, name)) for name in _PROJECTIONS}
+    fused, layout = matrix_of(layer.fused), learned.layouts.get(layer.index, "")
+    if fused is not None and layout:
+        for name, part in split(layout, fused.T[None], anatomy.heads, anatomy.kv_heads).items():
+            found[name] = part[0].flatten(1).T
+    return {name: matrix for name, matrix in found.items() if matrix is not None}
+
+
+def biases(layer: Layer, anatomy: Anatomy, learned: Learned) -> dict[str, Tensor]:
+    """Return tap -> bias of q, k, v, the output projection and the MLP's matrices, those that have one."""
+    found = {name: _bias(getattr(layer, name)) for name in _PROJECTIONS}
+    fused, layout = _bias(layer.fused), learned.layouts.get(layer.index, "")
+    if fused is not None and layout:
+        for name, part in split(layout, fused[None, None], anatomy.heads, anatomy.kv_heads).items():
+            found[name] = part.flatten()
+    found["attn_out"] = _bias(layer.out_proj)
+    if experts_of(layer) is None:
+        for name, module in _mlp_modules(layer).items():
+            found[f"mlp_out.{name}"] = _bias(module)
+    found["router_logits"] = _bias(layer.router)
+    return {name: bias for name, bias in found.items() if bias is not None}
+
+
+def _bias(module: Any) -> Tensor | None:
+    bias = getattr(module, "bias", None)
+    return bias if isinstance(bias, Tensor) else None
+
+
+def branch_norms(layer: Layer) -> dict[str, nn.Module]:
+    """Return the norms that stand between a branch and the residual sum, by the sum's tap (Gemma 2, OLMo 2)."""
+    owner, found = layer.module, {}
+    if getattr(owner, "pre_feedforward_layernorm", None) is not None or layer.attn_norm is None:
+        for tap, name in (("x_mid.branch", "post_attention_layernorm"), ("x_out.branch", "post_feedforward_layernorm")):
+            module = getattr(owner, name, None)
+            if isinstance(module, nn.Module) and module is not layer.ffn_norm:
+                found[tap] = module
+    return found
+
+
+def _mlp_modules(layer: Layer) -> dict[str, Any]:
+    owners = [layer.mlp_in, layer.module, getattr(layer.module, "mlp", None)]
+    found: dict[str, Any] = {}
+    for name, names in (("gate", _GATE), ("up", _UP), ("down", _DOWN), ("gate_up", _GATE_UP)):
+        module = next(
+            (m for owner in owners for n in names if isinstance(m := getattr(owner, n, None), nn.Module)), None
+        )
+        if module is not None:
+            found[name] = module
+    return found
+
+
+def mlp_matrices(layer: Layer) -> dict[str, Tensor]:
+    """Return `gate.weight`, `up.weight`, `down.weight` of a layer's MLP, or `experts.*` of its experts."""
+    experts = experts_of(layer)
+    if experts is not None:
+        return {"experts.gate": experts.gate, "experts.up": experts.up, "experts.down": experts.down}
+    found = {name: m for name, module in _mlp_modules(layer).items() if (m := matrix_of(module)) is not None}
+    if "gate_up" in found:
+        found["gate"], found["up"] = found.pop("gate_up").chunk(2, dim=0)
+    return {f"{name}.weight": matrix for name, matrix in found.items()}
+
+
+def experts_of(layer: Layer) -> Experts | None:
+    """Return a layer's experts, where they are plain gated MLPs; None for any other kind.
+
+    transformers 5 keeps them in three-axis parameters, gate above up; before, each is a module of its own.
+    """
+    owner = getattr(layer.mlp_in, "experts", None)
+    if owner is None or getattr(layer.mlp_in, "shared_experts", None) is not None:
+        return None
+    chosen = next((int(v) for where in (layer.router, layer.mlp_in) for name in ("top_k", "num_experts_per_tok")
+                   if isinstance(v := getattr(where, name, None), int)), 0)  # fmt: skip
+    fused, down = getattr(owner, "gate_up_proj", None), getattr(owner, "down_proj", None)
+    if isinstance(fused, Tensor) and isinstance(down, Tensor):
+        hidden = down.shape[1]
+        if fused.shape[2] != hidden or hasattr(owner, "gate_up_proj_bias"):
+            return None  # transposed, or with biases: another formula
+        gate, up = fused.chunk(2, dim=1)
+        return Experts(gate, up, down, chosen)
+    if isinstance(owner, nn.ModuleList) and len(owner):
+        parts = [_expert(module) for module in owner]
+        if all(part is not None for part in parts):
+            gate, up, down = (torch.stack(list(m)) for m in zip(*[p for p in parts if p is not None], strict=True))
+            return Experts(gate, up, down, chosen)
+    return None
+
+
+def _expert(module: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:
+    found = [
+        next((m for n in names if (m := matrix_of(getattr(module, n, None))) is not None), None)
+        for names in (_GATE, _UP, _DOWN)
+    ]
+    gate, up, down = found
+    return None if gate is None or up is None or down is None else (gate, up, down)
+
+
+def position_table(model: Any) -> Tensor | None:
+    """Return a learned position embedding, row k for position k (OPT keeps two rows before that of position 0)."""
+    for path, module in model.named_modules():
+        if path.rsplit(".", 1)[-1] in _POSITIONS and isinstance(getattr(module, "weight", None), Tensor):
+            weight: Tensor = module.weight
+            return weight[int(getattr(module, "offset", 0) or 0) :]
+    return None

@@ -1,0 +1,273 @@
+"""The local test: an op whose inputs are bit for bit equal may differ by its own rounding, and by nothing else.
+
+The floor of a tap holds all the rounding that has come down to it. Where the inputs of an op agree bit for bit none
+has, and the op's own rounding is known element by element: u·|y| for one that is stored, more where an op rounds in
+between. So the first op at fault is told from rounding far below the floor, in one dtype and without a second
+precision. Elements that are small beside the rest show most: a fault adds to them what it adds to all, rounding does
+not.
+
+Axes legend: see taps.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from driftprobe.compare import Pair, PayloadSource
+from driftprobe.fingerprint import UNIT_ROUNDOFF, Float64, to_float64
+from driftprobe.taps import BY_NAME, CACHE_TAPS
+from driftprobe.trace import CONSTANTS, EngineFacts, Record, Trace
+
+LOCAL_LIMIT = 2.0
+"""Excess above which an op differs by more than its own rounding (docs/decisions/0004-local-test.md)."""
+SUM_ERRORS = 4.0
+"""Standard deviations allowed to a sum of K products, each √K·s of the result (Higham and Mary 2019)."""
+COARSE = UNIT_ROUNDOFF["float16"]
+"""Dtypes from this roundoff up are tested locally; finer ones round as their sums do, which the floor measures."""
+
+Place = tuple[int, int | None, str]
+"""Step, layer, tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """What the local test says of one tap."""
+
+    excess: float
+    """Root mean square, over the elements, of the difference in units of the op's own rounding error there."""
+    inputs: tuple[str, ...]
+    """The taps that the op reads: bit for bit equal on both sides."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The pairs of one arm and prefill, by place, and where their whole tensors are."""
+
+    facts: EngineFacts
+    pairs: dict[Place, Pair]
+    payloads: PayloadSource
+    constants: dict[tuple[int | None, str], Record] = field(default_factory=dict)
+
+    def reference(self, step: int, layer: int | None, tensor: str) -> Float64 | None:
+        """Return prefill's tensor as float64, or None."""
+        found = self.pairs.get((step, layer, tensor))
+        array = None if found is None else self.payloads.get(found.reference)
+        return None if array is None else to_float64(array)
+
+    def candidate(self, step: int, layer: int | None, tensor: str) -> Float64 | None:
+        """Return the other side's tensor as float64, or None."""
+        found = self.pairs.get((step, layer, tensor))
+        array = None if found is None else self.payloads.get(found.candidate)
+        return None if array is None else to_float64(array)
+
+    def roundoff(self, place: Place) -> float:
+        """Return the unit roundoff of what is stored at a place: the coarser record's, or a declared cast's."""
+        pair = self.pairs[place]
+        dtypes = [r.dtype for r in (pair.reference, pair.candidate)] + [self.facts.casts.get(place[2])]
+        dtypes += [dtype for name, dtype in self.facts.casts.items() if name not in BY_NAME]
+        return max(UNIT_ROUNDOFF[dtype] for dtype in dtypes if dtype in UNIT_ROUNDOFF)
+
+    def constant(self, layer: int | None, name: str) -> Float64 | None:
+        """Return a constant of the model, or None where the trace has none of this name."""
+        record = self.constants.get((layer, name))
+        array = None if record is None else self.payloads.get(record)
+        return None if array is None else to_float64(array)
+
+
+def bench(trace: Trace, pairs: Iterable[Pair], payloads: PayloadSource) -> Bench:
+    """Return the bench of one pairing of a trace."""
+    return Bench(
+        trace.header.engine,
+        {(p.reference.step, p.reference.layer, p.reference.tensor): p for p in pairs},
+        payloads,
+        {(r.layer, r.tensor): r for r in trace.records if r.arm == CONSTANTS},
+    )
+
+
+def own_rounding(pair: Pair, on: Bench) -> Local | None:
+    """Return the local test of a pair; None where it cannot be made.
+
+    It needs both whole tensors, inputs that were recorded and are bit for bit equal, an op whose rounding is known, and
+    a dtype that rounds more coarsely than sums do.
+    """
+    record = pair.reference
+    place = (record.step, record.layer, record.tensor)
+    spread = _SPREADS.get(record.tensor)
+    inputs = () if spread is None else sources(place, on.pairs)
+    if spread is None or not inputs or pair.drift.equal or not coarse(on.facts):
+        return None
+    if not all(on.pairs[source].drift.equal for source in inputs):
+        return None
+    p, d = (on.payloads.get(r) for r in (record, pair.candidate))
+    if p is None or d is None or p.shape != d.shape:
+        return None
+    return _measured(place, to_float64(p), to_float64(d), on.roundoff(place), on, spread, inputs)
+
+
+def _measured(
+    place: Place, p: Float64, d: Float64, u: float, on: Bench, spread: _Spread, inputs: tuple[Place, ...]
+) -> Local | None:
+    size = spread(place, p, on)
+    seen = np.isfinite(p) & np.isfinite(d)
+    if size is None or not seen.any() or not (seen | (p == d)).all():
+        return None
+    unit = u * size.products[seen] + size.sums * _rms(p[seen])
+    gaps = np.abs(d - p, where=seen, out=np.zeros_like(p))[seen]
+    # One rounding on either side is no news: only what is beyond it counts, so equal elements weigh nothing.
+    worst = np.divide(gaps, unit, out=np.zeros_like(gaps), where=gaps > 0)
+    return Local(float(np.sqrt(np.square(worst).mean())), tuple(source[2] for source in inputs))
+
+
+def _rms(values: Float64) -> float:
+    return float(np.sqrt(np.square(values).mean())) if values.size else 0.0
+
+
+def coarse(facts: EngineFacts) -> bool:
+    """Whether an engine stores results more coarsely than it sums them."""
+    return UNIT_ROUNDOFF.get(facts.dtype, 0.0) >= COARSE
+
+
+def sources(place: Place, pairs: dict[Place, Pair]) -> tuple[Place, ...]:
+    """Return the recorded taps that an op reads: its own inputs, or, where one was not recorded, that one's inputs."""
+    step, layer, tensor = place
+    found: dict[Place, None] = {}
+    for name in _inputs(tensor, layer, step, pairs):
+        found.update(dict.fromkeys(_recorded((step, layer, name), pairs)))
+    return tuple(found)
+
+
+def _recorded(place: Place, pairs: dict[Place, Pair]) -> tuple[Place, ...]:
+    step, layer, tensor = place
+    if place in pairs:
+        return (place,)
+    if tensor == "embed":
+        return ((step, None, "embed"),) if (step, None, "embed") in pairs else ()
+    if tensor == "x_out" and layer is None:
+        last = max((at for _, at, name in pairs if name == "x_out" and at is not None), default=None)
+        return () if last is None else _recorded((step, last, "x_out"), pairs)
+    return sources(place, pairs)
+
+
+def _inputs(tensor: str, layer: int | None, step: int, pairs: dict[Place, Pair]) -> tuple[str, ...]:
+    """Return the names of an op's inputs; of alternatives (`q_norm`, else `q_proj`) the one that was recorded."""
+    if tensor in _SUMS:
+        return next((w for w in _SUMS[tensor] if all((step, layer, n) in pairs for n in w)), _SUMS[tensor][-1])
+    if tensor == "x_in" and layer is not None and layer > 0:
+        return ()  # the output of the layer before, the same tensor
+    names = BY_NAME[tensor].inputs
+    if tensor in {"q_rope", "k_rope"}:
+        return names[:1] if (step, layer, names[0]) in pairs else names[1:]
+    if tensor == "mlp_out":
+        return tuple(n for n in ("ffn_norm", "router_logits") if (step, layer, n) in pairs) or ("ffn_norm",)
+    return names
+
+
+_SUMS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "x_mid": (("x_in", "attn_out"),),
+    "x_out": (("x_mid", "mlp_out"), ("x_in", "attn_out", "mlp_out")),
+}
+"""Sums and their terms; a parallel block adds attention and MLP at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """How large an op's own rounding errors are."""
+
+    products: Float64
+    """Elementwise, in unit roundoffs of what the op stores."""
+    sums: float = 0.0
+    """Of accumulation, relative to the result's root mean square."""
+
+
+_Spread = Callable[[Place, Float64, Bench], _Size | None]
+
+
+def _stored(_place: Place, p: Float64, on: Bench) -> _Size:
+    """Return the error of a result that is computed in float32 and rounded at most twice: norms, softmax."""
+    return _Size(2 * np.abs(p), SUM_ERRORS * _sum_roundoff(on.facts))
+
+
+def _product(place: Place, p: Float64, on: Bench) -> _Size | None:
+    """Return the error of a matrix product with a bias: one rounding of the result, one before the bias is added.
+
+    The sum's own error is √K·s·‖x‖‖w‖/√K (Higham and Mary 2019), taken relative to the result's size; where an engine
+    does not say in what its products are summed there is no test.
+    """
+    if not on.facts.accumulate:
+        return None
+    _, layer, tensor = place
+    bias = on.constant(layer, f"{tensor}.bias")
+    offset = np.abs(bias.reshape(p.shape[1:])) if bias is not None and bias.size == p[0].size else 0.0
+    given = next((on.reference(*source) for source in sources(place, on.pairs)), None)
+    terms = 1.0 if given is None else float(given[0].size)
+    return _Size(np.abs(p) + offset, SUM_ERRORS * _sum_roundoff(on.facts) * float(np.sqrt(terms)))
+
+
+def _rotation(_place: Place, p: Float64, on: Bench) -> _Size:
+    """Return the error of a rotation whose products are rounded: of the size of the pair, however it is paired."""
+    half = p.shape[-1] // 2
+    partners = [np.roll(p, half, axis=-1), _neighbours(p)]
+    return _Size(2 * np.sqrt(np.square(p) + np.square(np.maximum(*map(np.abs, partners)))), _sum_roundoff(on.facts))
+
+
+def _neighbours(p: Float64) -> Float64:
+    even = p.shape[-1] // 2 * 2
+    swapped = p.copy()
+    swapped[..., 0:even:2], swapped[..., 1:even:2] = p[..., 1:even:2], p[..., 0:even:2]
+    return swapped
+
+
+def _scores(place: Place, p: Float64, on: Bench) -> _Size | None:
+    """Return the error of scores: of the result, and of the query where the scale is taken into it first."""
+    step, layer, _ = place
+    q, k = on.reference(step, layer, "q_rope"), on.reference(step, layer, "k_cache")
+    q = on.reference(step, layer, "q_proj") if q is None else q
+    if q is None or k is None or q.shape[-1] != k.shape[-1] or p.shape[-1] != k.shape[0]:
+        return None
+    heads = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
+    terms = np.sqrt(np.einsum("hd,shd->hs", np.square(q[0]), np.square(heads)))
+    plain = np.einsum("hd,shd->hs", q[0], heads)
+    seen = np.isfinite(p[0])
+    scale = float((p[0][seen] * plain[seen]).sum() / max(np.square(plain[seen]).sum(), 1e-300))
+    return _Size(2 * np.where(seen, np.abs(p[0]), 0.0)[None] + abs(scale) * terms[None], _sum_roundoff(on.facts))
+
+
+def _context(place: Place, p: Float64, on: Bench) -> _Size | None:
+    """Return the error of the weighted values: of the result, and of probabilities that are stored before."""
+    step, layer, _ = place
+    probs, v = on.reference(step, layer, "attn_probs"), on.reference(step, layer, "v_cache")
+    if probs is None or v is None or p.shape[-1] != v.shape[-1] or probs.shape[-1] != v.shape[0]:
+        return None
+    heads = np.repeat(np.abs(v), probs.shape[1] // v.shape[1], axis=1)
+    return _Size(2 * np.abs(p) + np.einsum("hs,shd->hd", probs[0], heads)[None], _sum_roundoff(on.facts))
+
+
+def _inner(_place: Place, p: Float64, _on: Bench) -> _Size:
+    """Return the error of an op that stores results in between (an MLP): of the size of the whole result."""
+    return _Size(2 * (np.abs(p) + _rms(p)))
+
+
+def _sum(place: Place, p: Float64, on: Bench) -> _Size:
+    """Return the error of a sum: of the result, and of its terms where they were not rounded on both sides."""
+    terms = [on.reference(*source) for source in sources(place, on.pairs)]
+    return _Size(np.abs(p) + sum(np.abs(t) for t in terms if t is not None and t.shape == p.shape))
+
+
+def _sum_roundoff(facts: EngineFacts) -> float:
+    return UNIT_ROUNDOFF.get(facts.accumulate, UNIT_ROUNDOFF["float32"])
+
+
+_SPREADS: dict[str, _Spread] = {
+    **dict.fromkeys(("attn_norm", "q_norm", "k_norm", "ffn_norm", "final_norm", "attn_probs"), _stored),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "attn_out", "router_logits", "logits"), _product),
+    **dict.fromkeys(("q_rope", "k_rope"), _rotation),
+    **dict.fromkeys(("mlp_out", "mixer_out"), _inner),
+    **dict.fromkeys(("x_mid", "x_out"), _sum),
+    "x_in": _stored,
+    "attn_scores": _scores,
+    "attn_ctx": _context,
+}
+assert not set(_SPREADS) & CACHE_TAPS  # rows come from earlier calls: no op of this one made them

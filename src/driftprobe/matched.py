@@ -1,0 +1,187 @@
+"""Matched filters: a fault whose direction is known, found under the noise of one coarse dtype.
+
+A wrong softmax scale moves every score along itself, a wrong quantisation scale every cached element, a wrong epsilon
+every element of a norm. The difference of the two sides is projected on that direction. Rounding has no sign: under it
+each term of the projection is as likely to be positive as negative, so the projection in units of the root of the sum
+of its squared terms is about normal, whatever the errors' sizes are (the sign-flip test: Fisher 1935, section 21; Efron
+1969). All layers and steps are pooled: a global fault adds up, rounding does not.
+
+Where an op's inputs differ, the difference that they make is computed and taken off first (scores), or the tap is left
+out: a matched filter sees the op, not what came down to it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from driftprobe.causes import Parameters
+from driftprobe.compare import Pair
+from driftprobe.fingerprint import Float64
+from driftprobe.local import Bench, Place, coarse, sources
+from driftprobe.taps import CACHE_TAPS
+
+MIN_Z = 5.5
+"""Standard errors from which a projection is no accident: 4e-8 two-sided; a run makes some ten projections."""
+MIN_SHARE = 1 / 16
+"""Smallest relative change, in unit roundoffs of the stored dtype, that is called a fault: a constant that was rounded
+to a wider format than the tensors' changes less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A direction along which the two sides differ by more than rounding does."""
+
+    tensor: str
+    step: int
+    layer: int | None
+    """Where it acts first."""
+    cause: str
+    parameters: Parameters
+    share: float
+    """The estimated change along the direction: d = p + share · direction."""
+    error: float
+    """Its standard error."""
+    z: float
+    places: tuple[Place, ...]
+    """All that was pooled."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Projection:
+    """One tap's difference on one direction: the terms of the sum, and the direction's own size."""
+
+    place: Place
+    terms: Float64
+    """difference · direction / variance, element by element."""
+    weight: float
+    """Σ direction² / variance."""
+
+
+def match_filters(pairs: Iterable[Pair], on: Bench) -> tuple[Match, ...]:
+    """Return what the filters find in one arm's pairs with prefill, first place first; nothing in a fine dtype."""
+    if not coarse(on.facts):
+        return ()
+    found: dict[str, list[_Projection]] = defaultdict(list)
+    for pair in pairs:
+        record = pair.reference
+        place = (record.step, record.layer, record.tensor)
+        if record.tensor in _CAUSES and not pair.drift.equal:
+            item = _project(place, on)
+            if item is not None:
+                found[record.tensor].append(item)
+    matches = (_pooled(tensor, items, on) for tensor, items in found.items())
+    return tuple(match for match in matches if match is not None)
+
+
+def _project(place: Place, on: Bench) -> _Projection | None:
+    p, gap = on.reference(*place), _difference(place, on)
+    if p is None or gap is None or gap.shape != p.shape:
+        return None
+    seen = np.isfinite(p) & np.isfinite(gap) & (p != 0)
+    direction, gap = p[seen], gap[seen]
+    # Rounding errors are as large as their elements: dividing by the square weighs all alike.
+    variance = np.square(direction)
+    if not direction.size:
+        return None
+    return _Projection(place, gap * direction / variance, float((np.square(direction) / variance).sum()))
+
+
+def _difference(place: Place, on: Bench) -> Float64 | None:
+    """Return d − p, less what the inputs' difference makes of it; None where that is not known."""
+    p, d = on.reference(*place), on.candidate(*place)
+    if p is None or d is None or p.shape != d.shape:
+        return None
+    if place[2] in CACHE_TAPS:
+        return d - p
+    if all(on.pairs[source].drift.equal for source in sources(place, on.pairs)):
+        return d - p
+    if place[2] != "attn_scores":
+        return None
+    return _scores_apart(place, p, d, on)
+
+
+def _scores_apart(place: Place, p: Float64, d: Float64, on: Bench) -> Float64 | None:
+    """Return the difference of scores that their own queries and keys do not explain, at prefill's fitted scale."""
+    step, layer, _ = place
+    mine = _plain_scores(on.reference, step, layer, p.shape)
+    other = _plain_scores(on.candidate, step, layer, p.shape)
+    if mine is None or other is None:
+        return None
+    seen = np.isfinite(p) & np.isfinite(d)
+    scale = (p[seen] * mine[seen]).sum() / max(np.square(mine[seen]).sum(), 1e-300)
+    left = np.abs(p[seen] - scale * mine[seen])
+    if float(np.sqrt(np.square(left).mean())) > _FITS * float(np.sqrt(np.square(p[seen]).mean())):
+        return None  # not a plain scaled product: a bias, a soft-cap
+    with np.errstate(invalid="ignore"):
+        apart: Float64 = (d - p) - scale * (other - mine)
+    return apart
+
+
+_Side = Callable[[int, int | None, str], Float64 | None]
+_FITS = 0.02
+"""How well prefill's own scores must be a scaled product of its query and keys: a few roundings of bfloat16."""
+
+
+def _plain_scores(side: _Side, step: int, layer: int | None, shape: tuple[int, ...]) -> Float64 | None:
+    q, k = side(step, layer, "q_rope"), side(step, layer, "k_cache")
+    if q is None or k is None or q.shape[-1] != k.shape[-1] or q.shape[1] % k.shape[1]:
+        return None
+    scores: Float64 = np.einsum("hd,shd->hs", q[0], np.repeat(k, q.shape[1] // k.shape[1], axis=1))[None]
+    return scores if scores.shape == shape else None
+
+
+def _pooled(tensor: str, items: list[_Projection], on: Bench) -> Match | None:
+    terms = np.concatenate([item.terms for item in items])
+    spread = float(np.sqrt(np.square(terms).sum()))
+    if spread == 0.0:
+        return None
+    total, weight = float(terms.sum()), sum(item.weight for item in items)
+    z, share = total / spread, total / weight
+    if abs(z) < MIN_Z or abs(share) < MIN_SHARE * on.roundoff(items[0].place):
+        return None
+    first = _first_of(items, share).place
+    cause, parameters = _CAUSES[tensor](share, first, on)
+    return Match(
+        tensor, first[0], first[1], cause, parameters, share, spread / weight, z, tuple(i.place for i in items)
+    )
+
+
+def _first_of(items: list[_Projection], share: float) -> _Projection:
+    """Return the first tap that moves as the pool does, by over two of its own standard errors; else the clearest."""
+    own = [(item, float(item.terms.sum())) for item in items]
+    clear = [
+        (abs(total) / max(float(np.sqrt(np.square(item.terms).sum())), 1e-300), item)
+        for item, total in own
+        if total * share > 0 and abs(total) > abs(share) * item.weight / 2
+    ]
+    return next((item for z, item in clear if z > 2), max(clear, key=lambda pair: pair[0])[1] if clear else items[0])
+
+
+_Named = Callable[[float, Place, Bench], tuple[str, Parameters]]
+
+
+def _factor(cause: str) -> _Named:
+    return lambda share, _place, _on: (cause, {"factor": 1.0 + share})
+
+
+def _epsilon(share: float, place: Place, on: Bench) -> tuple[str, Parameters]:
+    """Return the change of epsilon that scales a norm's result by 1 + share: (ms + e)/(1 + share)² − (ms + e)."""
+    given = next((on.reference(*source) for source in sources(place, on.pairs)), None)
+    epsilon = on.constant(place[1], f"{place[2]}.eps")
+    square = 0.0 if given is None else float(np.square(given).mean())
+    size = square + (0.0 if epsilon is None else float(epsilon.reshape(-1)[0]))
+    return "norm_epsilon", {"delta": size * ((1.0 + share) ** -2 - 1.0)}
+
+
+_CAUSES: dict[str, _Named] = {
+    "attn_scores": _factor("score_scale"),
+    "k_cache": _factor("cache_scale"),
+    "v_cache": _factor("cache_scale"),
+    "logits": _factor("logit_scale"),
+    **dict.fromkeys(("attn_norm", "ffn_norm", "q_norm", "k_norm", "final_norm"), _epsilon),
+}
+"""Tap -> the cause that scales it."""
