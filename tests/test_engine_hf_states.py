@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,14 @@ transformers = pytest.importorskip("transformers")
 
 import models  # noqa: E402
 from driftprobe import probe  # noqa: E402
+from driftprobe.api import RunOptions, run  # noqa: E402
 from driftprobe.engines.hf import HFEngine  # noqa: E402
 from driftprobe.engines.hf.cache import new_cache, past_of, row_layers  # noqa: E402
 from driftprobe.engines.hf.engine import to_array  # noqa: E402
 from driftprobe.engines.hf.states import stored_states  # noqa: E402
-from driftprobe.errors import ModelError  # noqa: E402
+from driftprobe.errors import ModelError, UsageError  # noqa: E402
 from driftprobe.judgement import Reading, Verdict  # noqa: E402
+from driftprobe.plan import Mode, Prompt  # noqa: E402
 from test_engine_hf import CLEAN, run_arms, tap  # noqa: E402
 
 DRIVEN = hasattr(transformers.DynamicCache, "update_conv_state")
@@ -130,6 +134,40 @@ def test_a_state_that_does_not_keep_what_it_is_given_is_not_available(monkeypatc
     result = probe(model, {"a": models.tokens(16)}, mode="kv_aligned", payload="none")
     assert result.verdict is Verdict.NOT_AVAILABLE
     assert "states differ" in result.reason
+
+
+@needs_states
+@pytest.mark.parametrize(
+    ("name", "fault", "strength", "cause", "parameters"),
+    [
+        *(
+            (name, "conv_window_short", lost, "conv_window", {"lost": lost})
+            for name in models.STATEFUL
+            for lost in (1,)
+        ),
+        ("mamba2", "conv_window_short", 2, "conv_window", {"lost": 2}),
+        *((name, "state_not_carried", None, "state_lost", {}) for name in models.STATEFUL if name != "lfm2"),
+    ],
+)
+def test_faults_of_states(name: str, fault: str, strength: int | None, cause: str, parameters: dict[str, int]) -> None:
+    engine = HFEngine(models.build(name))
+    prompt = Prompt("p", tuple(models.tokens(9)))
+    with tempfile.TemporaryDirectory() as folder, engine.plant(fault, strength) as expected:
+        result = run(engine, [prompt], RunOptions(modes=(Mode.KV_ALIGNED,)), Path(folder) / "run")
+    judged = result.judgement.modes["kv_aligned"].prompts[0]
+    first = judged.first_failure
+    assert judged.verdict is Verdict.MISMATCH, judged.reason
+    assert first is not None
+    assert (first.layer, first.tensor, judged.reading.value) == (expected.layer, expected.tensor, expected.reading)
+    assert first.diagnosis is not None, first.root_cause
+    assert (first.diagnosis.cause, dict(first.diagnosis.parameters)) == (cause, parameters)
+
+
+@needs_states
+@pytest.mark.parametrize(("name", "fault"), [("lfm2", "state_not_carried"), ("llama", "conv_window_short")])
+def test_faults_of_states_that_a_model_does_not_keep(name: str, fault: str) -> None:
+    with pytest.raises(UsageError, match="no layer with"), HFEngine(models.build(name)).plant(fault):
+        pass
 
 
 @pytest.mark.skipif(DRIVEN, reason="driven here")

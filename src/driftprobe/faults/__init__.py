@@ -7,10 +7,10 @@ parameters. Nothing in the trace says that a fault was planted, except a label t
 from __future__ import annotations
 
 from driftprobe.errors import UsageError
-from driftprobe.faults import attention, modules
+from driftprobe.faults import attention, modules, statespace
 from driftprobe.faults.base import Expected, Fault
 
-FAULTS: dict[str, Fault] = {fault.name: fault for fault in (*attention.FAULTS, *modules.FAULTS)}
+FAULTS: dict[str, Fault] = {fault.name: fault for fault in (*attention.FAULTS, *modules.FAULTS, *statespace.FAULTS)}
 
 __all__ = ["FAULTS", "Expected", "Fault", "find_fault"]
 

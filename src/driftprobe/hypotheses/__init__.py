@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from driftprobe.hypotheses import attention, modules
+from driftprobe.hypotheses import attention, modules, statespace
 from driftprobe.hypotheses.base import Prediction
 from driftprobe.scene import Scene
 
 Hypothesis = Callable[[Scene], Iterator[Prediction]]
-HYPOTHESES: tuple[Hypothesis, ...] = (*attention.HYPOTHESES, *modules.HYPOTHESES)
+HYPOTHESES: tuple[Hypothesis, ...] = (*attention.HYPOTHESES, *modules.HYPOTHESES, *statespace.HYPOTHESES)
 
 __all__ = ["HYPOTHESES", "Hypothesis", "Prediction"]

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from driftprobe.engines.hf.planting import attention, modules
+from driftprobe.engines.hf.planting import attention, modules, statespace
 from driftprobe.engines.hf.planting.base import Planter, Site, cannot_act
 from driftprobe.faults import Expected, find_fault
 
-PLANTERS: dict[str, Planter] = {**attention.PLANTERS, **modules.PLANTERS}
+PLANTERS: dict[str, Planter] = {**attention.PLANTERS, **modules.PLANTERS, **statespace.PLANTERS}
 
 __all__ = ["PLANTERS", "Site", "cannot_act", "plant"]
 
