@@ -10,7 +10,18 @@ from driftprobe.api import Result, analyze, probe
 from driftprobe.errors import DriftprobeError
 from driftprobe.judgement import Verdict
 from driftprobe.load import load_traces
+from driftprobe.selftest import self_test
 from driftprobe.trace import read_trace as load_trace
 from driftprobe.version import __version__
 
-__all__ = ["DriftprobeError", "Result", "Verdict", "__version__", "analyze", "load_trace", "load_traces", "probe"]
+__all__ = [
+    "DriftprobeError",
+    "Result",
+    "Verdict",
+    "__version__",
+    "analyze",
+    "load_trace",
+    "load_traces",
+    "probe",
+    "self_test",
+]

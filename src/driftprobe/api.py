@@ -154,13 +154,7 @@ def probe(
     Raises UsageError (or a subclass) for input that cannot be used, EngineError where the model fails while it runs.
     """
     modes = parse_mode(mode)
-    if isinstance(model, str | Path):
-        engine = open_engine("hf", model=str(model), dtype=dtype or "float32", attn=attn)
-    else:
-        _reject_for_objects(dtype, attn)
-        from driftprobe.engines.hf import HFEngine
-
-        engine = HFEngine(model, tokenizer)
+    engine = make_engine(model, dtype=dtype, attn=attn, tokenizer=tokenizer)
     chosen = builtin_prompts(engine) if prompts is None else make_prompts(prompts, engine)
     if boundaries:
         chosen += boundary_prompts(find_boundaries(engine, steps, longest), engine, () if prompts is None else chosen)
@@ -173,6 +167,16 @@ def probe(
     temporary = tempfile.TemporaryDirectory(prefix="driftprobe-")
     result = run(engine, chosen, options, Path(temporary.name) / "run")
     return Result(result.judgement, result.traces, result.folder, temporary)
+
+
+def make_engine(model: Any, *, dtype: str | None, attn: str | None, tokenizer: Any) -> Engine:
+    """Return the engine of a model folder, `builtin:tiny`, or a model object of transformers."""
+    if isinstance(model, str | Path):
+        return open_engine("hf", model=str(model), dtype=dtype or "float32", attn=attn)
+    _reject_for_objects(dtype, attn)
+    from driftprobe.engines.hf import HFEngine
+
+    return HFEngine(model, tokenizer)
 
 
 def analyze(folder: str | Path, *, mode: str | None = None) -> Result:

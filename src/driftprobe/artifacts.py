@@ -21,6 +21,7 @@ from driftprobe.trace import Header, read_header
 
 _OURS = (
     re.compile(r"run/[^/]+\.log"),
+    re.compile(r"SELF_TEST\.md|self_test\.json"),
     re.compile(r"traces/[^/]+\.jsonl"),
     re.compile(rf"traces/{FOLDER}/[^/]+\.(safetensors|part)"),
 )

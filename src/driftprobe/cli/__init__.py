@@ -13,6 +13,7 @@ from driftprobe.version import __version__
 
 COMMANDS = {
     "run": "run a model both ways and say what the difference is",
+    "self-test": "plant a fault of each family in your model and show that the probe fires",
     "analyze": "judge the traces of a folder",
     "report": "rebuild every report of a run from its traces",
     "validate": "say what is wrong with a trace, line by line",
@@ -31,7 +32,7 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"driftprobe.cli.{cmd_name}").command
+        command: click.Command = import_module(f"driftprobe.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -50,6 +50,7 @@ Reports go to OUT/DATE/NAME. Exit codes: 0 NO_DRIFT or STRUCTURAL_DRIFT, 1 MISMA
 @click.option("--steps", type=int, default=1, show_default=True, help="Decode steps to compare.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the rounding noise of arms N.")
 @click.option("--payload", default="failing", show_default=True, help="Whole tensors to keep: none, failing, all.")
+@click.option("--self-test", is_flag=True, help="Plant one fault of each family instead (see `driftprobe self-test`).")
 @click.option("--fault", default=None, help="Plant a fault (see `driftprobe faults`).")
 @click.option("--ladder", default="auto", show_default=True, help="Run all again in float64: auto, on or off.")
 @click.option("--date", default=None, help="Folder of the run under OUT. Default: today.")
@@ -73,6 +74,7 @@ def command(
     steps: int,
     seed: int,
     payload: str,
+    self_test: bool,
     fault: str | None,
     ladder: str,
     date: str | None,
@@ -91,6 +93,11 @@ def command(
         find_fault(fault)
     check_place(root)
     console = Console(highlight=False)
+    if self_test:
+        from driftprobe.cli.self_test import run_and_show
+
+        loaded = open_engine(engine, model=model, dtype=dtype, attn=attn)
+        click.get_current_context().exit(run_and_show(loaded, root, ladder, quiet))
     with _told(quiet) as progress, _kept_on_interrupt(root):
         loaded = open_engine(engine, model=model, dtype=dtype, attn=attn)
         chosen = _prompts(loaded, prompts, texts, prompt_file)
