@@ -96,8 +96,8 @@ def show(found: SelfTest, console: Console) -> None:
 
 def _trials(found: SelfTest) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("family", "fault", "strength", "fired", "excess", "found at", "expected at", "cause"):
-        table.add_column(column, overflow="fold")
+    for column in ("family", "fault", "strength", "fired", "excess", "found at", "cause"):
+        table.add_column(column, overflow="fold", no_wrap=column in {"family", "fault", "fired", "excess"})
     for trial in found.trials:
         table.add_row(*_cells(trial))
     return table
@@ -108,10 +108,15 @@ def _cells(trial: Trial) -> tuple[str | Text, ...]:
     style = {"yes": "green", "NO": "bold red"}.get(fired, "dim")
     if not trial.acted:
         return (trial.family, "", "", Text(fired, style))
-    cause = f"{trial.cause or 'none'}{'' if trial.cause_agrees else f' (expected {trial.expected_cause})'}"
-    excess = "" if trial.excess is None else f"×{trial.excess:.3g}"
-    return (trial.family, trial.fault, strength_in_words(trial), Text(fired, style), excess, trial.found_at,
-            trial.expected_at, cause if trial.expected_cause else "")  # fmt: skip
+    excess = "" if trial.excess is None else f"×{trial.excess:.1e}"
+    named = trial.cause_agrees or not trial.expected_cause
+    return (trial.family, trial.fault, strength_in_words(trial), Text(fired, style), excess,
+            _beside(trial.found_at, trial.expected_at, trial.located),
+            _beside(trial.cause or "none", trial.expected_cause, named))  # fmt: skip
+
+
+def _beside(found: str, expected: str, agrees: bool) -> str:
+    return found if agrees else f"{found} (expected {expected})"
 
 
 def _limits(found: SelfTest) -> Table:

@@ -64,7 +64,7 @@ def run_self_test(
     told: Told = lambda _done, _of, _what: None,
 ) -> SelfTest:  # fmt: skip
     """Run the self-test on an engine; see `self_test`."""
-    families = list(dict.fromkeys(fault.family for fault in FAULTS.values()))
+    families = list(dict.fromkeys(map(_family, FAULTS.values())))
     options = RunOptions(modes=(Mode.KV_ALIGNED,), ladder=ladder)
     with tempfile.TemporaryDirectory(prefix="driftprobe-") as scratch:
         bench = _Bench(engine, prompt or _prompt(engine), options, Path(scratch) / "run")
@@ -91,6 +91,10 @@ def _prompt(engine: Engine) -> Prompt:
         return Prompt("ids", tuple(1 + (7 * i) % (count - 1) for i in range(_IDS)))
 
 
+def _family(fault: Fault) -> str:
+    return fault.family or "other"
+
+
 def _once(bench: _Bench) -> Result:
     return run(bench.engine, [bench.prompt], bench.options, bench.folder)
 
@@ -98,7 +102,7 @@ def _once(bench: _Bench) -> Result:
 def _trial(family: str, bench: _Bench) -> Trial:
     """Plant the family's first fault that can act here."""
     reasons = []
-    for fault in (fault for fault in FAULTS.values() if fault.family == family):
+    for fault in (fault for fault in FAULTS.values() if _family(fault) == family):
         try:
             return _planted(fault, bench)
         except (UsageError, EngineError) as error:
@@ -130,7 +134,7 @@ def _judged(fault: Fault, strength: float, expected: Expected, result: Result) -
     first = result.first_failure
     found = first.diagnosis if first is not None else None
     return Trial(
-        family=fault.family,
+        family=_family(fault),
         fault=fault.name,
         strength=strength if len(fault.strengths) > 1 or fault.unit else None,
         unit=fault.unit,
