@@ -14,7 +14,7 @@ from pathlib import Path
 from driftprobe.errors import TraceError
 from driftprobe.load import Loaded, survey
 from driftprobe.payload import Payloads
-from driftprobe.taps import BY_NAME, TAPS, place
+from driftprobe.taps import BY_NAME, PATHS, TAPS, place
 from driftprobe.trace import CONSTANTS, Problem, Record, Trace
 
 
@@ -147,7 +147,7 @@ def _unanswered_reads(trace: Trace) -> Iterable[Finding]:
 
 def _unknown_taps(trace: Trace) -> Iterable[Finding]:
     unknown = sorted({record.tensor for record in _results(trace)} - BY_NAME.keys())
-    if unknown:
+    if unknown and trace.header.mode != PATHS:  # there a module's own name is its tap's
         yield ("unknown tensor names", ", ".join(map(ascii, unknown)), ", ".join(tap.name for tap in TAPS),
                "use the canonical names; unknown ones are compared, but no op is known for them")  # fmt: skip
 
