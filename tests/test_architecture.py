@@ -32,7 +32,7 @@ LADDER = (
     {"floor", "validate", "local"},
     {"matched"},
     {"judgement"},
-    {"gates", "rows", "impact"},
+    {"gates", "rows", "impact", "climb"},
     {"verdict", "scene"},
     {"hypotheses"},
     {"explain"},
@@ -41,7 +41,8 @@ LADDER = (
 )
 """Lowest first: a module imports from its own step downwards. Modules that stand nowhere are checked one by one."""
 STEP = {name: step for step, names in enumerate(LADDER) for name in names}
-MIDDLE = ("compare", "floor", "local", "matched", "judgement", "gates", "rows", "impact", "verdict", "scene",
+MIDDLE = ("compare", "floor", "local", "matched", "judgement", "gates", "rows", "impact", "climb", "verdict",
+          "scene",
           "hypotheses", "explain", "diagnose", "report")  # fmt: skip
 JUDGEMENT = tuple(name for name in MIDDLE if name != "report")
 THIRD_PARTY = {"numpy", "ml_dtypes", "xxhash", "msgspec", "safetensors"}

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from driftprobe.artifacts import Layout, check_place, copy_run, keep_other_modes, staged, write_reports
-from driftprobe.capture import CaptureOptions, capture, trace_name
+from driftprobe.capture import CaptureOptions, capture, choose_tokens, trace_name
 from driftprobe.constants import add_constants
 from driftprobe.diagnose import diagnose
 from driftprobe.engines import open_engine
 from driftprobe.engines.base import Engine
-from driftprobe.errors import TraceError, UsageError
+from driftprobe.errors import EngineError, TraceError, UsageError
 from driftprobe.faults import find_fault
 from driftprobe.judgement import Failure, Impact, Judgement, Limits, Verdict
 from driftprobe.load import load_traces, traces_folder
 from driftprobe.payload import Payloads
-from driftprobe.plan import Mode, Plan, Prompt, make_plan
+from driftprobe.plan import Mode, Plan, Prompt, at_rung, make_plan
 from driftprobe.prompts import LENGTHS, Source, builtin_prompt, make_prompts
 from driftprobe.prune import prune_payloads
 from driftprobe.report import render_all
@@ -30,6 +30,11 @@ from driftprobe.trace import Trace
 from driftprobe.verdict import judge
 
 PAYLOADS = ("none", "failing", "all")
+LADDERS = ("auto", "on", "off")
+LADDER_BYTES = 4 << 30
+"""Size in float64 up to which a model is run there by itself: it stands in memory beside the model as it is, and a
+machine that holds a model of half a billion parameters has room for four GiB more. A rung takes about as long as the
+run did, twice where float64 is computed at half the speed; on graphics cards with few float64 units, far longer."""
 MAX_SEED = 1 << 32
 Prompts = Mapping[str, Source] | Iterable[Source]
 
@@ -110,6 +115,8 @@ class RunOptions:
     layers: tuple[int, ...] | None = None
     payload: str = "failing"
     fault: str | None = None
+    ladder: str = "auto"
+    """Whether all is run again in float64: `auto` where the model is small enough, `on`, `off`."""
     date: str = ""
     output: str = ""
     """The artifacts folder as reports name it."""
@@ -128,14 +135,16 @@ def probe(
     layers: Sequence[int] | None = None,
     payload: str = "failing",
     fault: str | None = None,
+    ladder: str = "auto",
     out: str | Path | None = None,
 ) -> Result:
     """Run a model both ways and return the verdict.
 
     `model` is a local folder, `builtin:tiny`, or a causal language model object of transformers (its dtype and
     attention kernel stay as they are). `prompts` maps names to text or token ids, or lists them; token ids need no
-    tokenizer. The default is the three built-in prompts. `out` is the artifacts folder to write; without it traces
-    live in a temporary folder as long as the result does, and `Result.write` keeps them.
+    tokenizer. The default is the three built-in prompts. `ladder` says whether all is run again in float64: `auto`
+    (where the model is small enough), `on` or `off`. `out` is the artifacts folder to write; without it traces live in
+    a temporary folder as long as the result does, and `Result.write` keeps them.
 
     Raises UsageError (or a subclass) for input that cannot be used, EngineError where the model fails while it runs.
     """
@@ -150,7 +159,7 @@ def probe(
     chosen = builtin_prompts(engine) if prompts is None else make_prompts(prompts, engine)
     options = RunOptions(
         modes=modes, steps=steps, seed=seed, layers=None if layers is None else tuple(layers), payload=payload,
-        fault=fault, date=calendar.today().isoformat(), output="" if out is None else str(out),
+        fault=fault, ladder=ladder, date=calendar.today().isoformat(), output="" if out is None else str(out),
     )  # fmt: skip
     if out is not None:
         return run(engine, chosen, options, Path(out))
@@ -201,8 +210,9 @@ def run(
         if options.payload == "failing":
             for mode in result.judgement.modes.values():
                 for judged in mode.prompts:
-                    trace = next(t for t in result.traces if t.path == judged.file)
-                    prune_payloads(trace, judged, stage.traces)
+                    for item in (judged, *([judged.ladder.judged] if judged.ladder else [])):
+                        trace = next(t for t in result.traces if t.path == item.file)
+                        prune_payloads(trace, item, stage.traces)
             result = analyze(stage.root)
         write_reports(stage.root, result.reports())
     return Result(result.judgement, result.traces, root / "traces")
@@ -269,6 +279,10 @@ def _check_options(engine: Engine, options: RunOptions) -> None:
     if options.payload not in PAYLOADS:
         raise UsageError("unknown payload choice", where="--payload", measured=options.payload,
                          allowed=", ".join(PAYLOADS), next_step="choose one of them")  # fmt: skip
+    if options.ladder not in LADDERS:
+        raise UsageError("unknown ladder choice", where="--ladder", measured=options.ladder,
+                         allowed=", ".join(LADDERS), next_step="choose one of them")  # fmt: skip
+    rung_of(engine, options.ladder)
     if options.steps < 1:
         raise UsageError("too few steps", where="--steps", measured=str(options.steps), allowed="1 or more",
                          next_step="ask for at least one decode step")  # fmt: skip
@@ -293,24 +307,67 @@ def _reject_for_objects(dtype: str | None, attn: str | None) -> None:
 
 
 def _capture_all(plans: Sequence[Plan], engine: Engine, stage: Layout, options: RunOptions, progress: Progress) -> None:
-    total, done = sum(len(plan.arms) for plan in plans), 0
-    labels = {"output": options.output} | ({"fault": options.fault} if options.fault else {})
-    facts = engine.facts
+    """Capture every plan, then every plan again at the ladder's rung."""
+    rung = rung_of(engine, options.ladder)
+    again = [at_rung(plan, rung) for plan in plans] if rung else []
+    total, done = sum(len(plan.arms) for plan in (*plans, *again)), 0
+
+    def told(what: str) -> None:
+        nonlocal done
+        done += 1
+        progress(Step(done, total, what))
+
+    tokens = {}
     for plan in plans:
-        lines = [f"{facts.name} {facts.version} {facts.model} {facts.dtype} {facts.attention} on {facts.device}",
-                 f"mode {plan.mode.value}, prompt {plan.prompt.name}, {len(plan.prompt.token_ids)} tokens, "
-                 f"{plan.steps} steps, seed {plan.seed}"]  # fmt: skip
-        started = time.perf_counter()
+        tokens[(plan.mode, plan.prompt.name)] = choose_tokens(plan, engine)
+        _capture(plan, engine, tokens[(plan.mode, plan.prompt.name)], stage, options, told)
+    if not again:
+        return
+    try:
+        with engine.at(rung):
+            for plan in again:
+                _capture(plan, engine, tokens[(plan.mode, plan.prompt.name)], stage, options, told)
+    except EngineError as error:  # the run itself stands; what was captured at the rung is an incomplete trace
+        (stage.logs / f"ladder_{rung}.log").write_text(error.render() + "\n", encoding="utf-8")
 
-        def told(line: str, plan: Plan = plan, lines: list[str] = lines, started: float = started) -> None:
-            nonlocal done
-            done += 1
-            lines.append(f"{time.perf_counter() - started:8.3f} s  arm {line}")
-            progress(Step(done, total, f"{plan.prompt.name} {plan.mode.value} arm {line}"))
 
-        settings = CaptureOptions(run=options.output or plan.prompt.name, date=options.date, payload=options.payload,
-                                  labels=labels)  # fmt: skip
-        path = capture(plan, engine, stage.traces, settings, told)
-        lines.append(f"{time.perf_counter() - started:8.3f} s  wrote {path.name}")
-        stage.logs.mkdir(parents=True, exist_ok=True)
-        (stage.logs / f"{trace_name(plan)}.log").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def rung_of(engine: Engine, ladder: str) -> str:
+    """Return the rung at which an engine runs everything again, or an empty name for none.
+
+    `auto` climbs where the model in float64 takes no more than LADDER_BYTES. Raises UsageError where `on` cannot be.
+    """
+    if ladder == "off":
+        return ""
+    small = 8 * engine.parameters <= LADDER_BYTES
+    exact = engine.facts.dtype in engine.rungs and not engine.facts.casts
+    if engine.rungs and (ladder == "on" or (small and not exact)):
+        return engine.rungs[0]
+    if ladder == "on":
+        raise UsageError("no precision ladder here", where="--ladder", measured="on",
+                         allowed="an engine, device and weights that can be run in float64",
+                         next_step="use --ladder auto or off")  # fmt: skip
+    return ""
+
+
+def _capture(
+    plan: Plan, engine: Engine, tokens: tuple[int, ...], stage: Layout, options: RunOptions,
+    progress: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Write one plan's trace and its log."""
+    facts, rung = engine.facts, f", at {plan.rung}" if plan.rung else ""
+    lines = [f"{facts.name} {facts.version} {facts.model} {facts.dtype} {facts.attention} on {facts.device}",
+             f"mode {plan.mode.value}, prompt {plan.prompt.name}, {len(plan.prompt.token_ids)} tokens, "
+             f"{plan.steps} steps, seed {plan.seed}{rung}"]  # fmt: skip
+    started = time.perf_counter()
+
+    def told(line: str) -> None:
+        lines.append(f"{time.perf_counter() - started:8.3f} s  arm {line}")
+        progress(f"{plan.prompt.name} {plan.mode.value}{rung} arm {line}")
+
+    labels = {"output": options.output} | ({"fault": options.fault} if options.fault else {})
+    settings = CaptureOptions(run=options.output or plan.prompt.name, date=options.date, payload=options.payload,
+                              labels=labels)  # fmt: skip
+    path = capture(plan, engine, tokens, stage.traces, settings, told)
+    lines.append(f"{time.perf_counter() - started:8.3f} s  wrote {path.name}")
+    stage.logs.mkdir(parents=True, exist_ok=True)
+    (stage.logs / f"{trace_name(plan)}.log").write_text("\n".join(lines) + "\n", encoding="utf-8")

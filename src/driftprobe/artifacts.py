@@ -118,7 +118,8 @@ def keep_other_modes(root: Path, stage: Layout, headers: Iterable[Header]) -> li
     old = [(path, header) for path in sorted((root / "traces").glob("*.jsonl")) if (header := read_header(path))]
     for path, header in old:
         prompts = [_prompt(h) for _, h in old if h.mode == header.mode]
-        same = _experiment(header) == _experiment(new[0]) and sorted(prompts) == sorted(map(_prompt, new))
+        twin = next((h for h in new if h.rung == header.rung), new[0])
+        same = _experiment(header) == _experiment(twin) and sorted(prompts) == sorted(map(_prompt, new))
         if header.mode in {h.mode for h in new} or not same:
             continue
         with written(stage.root):
@@ -185,8 +186,8 @@ def _strangers(root: Path) -> Iterator[str]:
             yield relative
 
 
-def _prompt(header: Header) -> tuple[str, tuple[int, ...]]:
-    return (header.prompt, header.token_ids[: header.prompt_len])
+def _prompt(header: Header) -> tuple[str, str, tuple[int, ...]]:
+    return (header.prompt, header.rung, header.token_ids[: header.prompt_len])
 
 
 def _experiment(header: Header) -> tuple[object, ...]:

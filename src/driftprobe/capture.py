@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from driftprobe.fingerprint import Array, fingerprint, row_hashes, to_float64
 from driftprobe.payload import payload_file, write_payloads
 from driftprobe.plan import Plan, sequence, tokens_needed
 from driftprobe.taps import CACHE_TAPS
-from driftprobe.trace import CONSTANTS, Event, Header, PlannedRead, Record, Top, TraceWriter
+from driftprobe.trace import CONSTANTS, COST, Event, Header, PlannedRead, Record, Top, TraceWriter
 
 PAYLOAD_ARMS = "PDAE"
 """First letters of the arms whose tensors are kept whole: the rest, P', D' and N, are judged by their sketches."""
@@ -36,17 +37,24 @@ class CaptureOptions:
 
 
 def trace_name(plan: Plan) -> str:
-    """Return the trace's file name without its ending: `<prompt>_<mode>`."""
-    return f"{plan.prompt.name}_{plan.mode.value}"
+    """Return the trace's file name without its ending: `<prompt>_<mode>`, and `_<rung>` at one of the ladder's."""
+    return f"{plan.prompt.name}_{plan.mode.value}" + (f"_{plan.rung}" if plan.rung else "")
 
 
-def capture(plan: Plan, engine: Engine, folder: Path, options: CaptureOptions, progress: Progress) -> Path:
-    """Run every arm of a plan and write its trace into a folder; returns the trace's path.
+def choose_tokens(plan: Plan, engine: Engine) -> tuple[int, ...]:
+    """Return the sequence that all arms of a plan are fed from, with the engine's own next tokens in it."""
+    continuation = engine.greedy(plan.prompt.token_ids, plan.steps)
+    return sequence(plan.prompt, continuation, tokens_needed(plan))
+
+
+def capture(
+    plan: Plan, engine: Engine, tokens: tuple[int, ...], folder: Path, options: CaptureOptions, progress: Progress
+) -> Path:
+    """Run every arm of a plan over its tokens and write its trace into a folder; returns the trace's path.
 
     `progress` is called with a line after each arm. Raises OutputError where the folder cannot be written.
     """
-    continuation = engine.greedy(plan.prompt.token_ids, plan.steps)
-    tokens = sequence(plan.prompt, continuation, tokens_needed(plan))
+    started = time.perf_counter()
     header = _header(plan, engine, tokens, options)
     layers = frozenset(layer for where in header.taps.values() for layer in where)
     path = folder / f"{trace_name(plan)}.jsonl"
@@ -66,6 +74,9 @@ def capture(plan: Plan, engine: Engine, folder: Path, options: CaptureOptions, p
                 writer.record(record)
         for arm_name, arrays in kept.items():
             write_payloads(folder / payload_file(trace_name(plan), arm_name), arrays)
+        if plan.rung:
+            took = round(1000 * (time.perf_counter() - started))
+            writer.event(Event(event=COST, arm="", measured={"milliseconds": took}))
     return path
 
 
@@ -90,6 +101,7 @@ def _header(plan: Plan, engine: Engine, tokens: tuple[int, ...], options: Captur
         prompt_text=plan.prompt.text,
         steps=plan.steps,
         seed=plan.seed,
+        rung=plan.rung,
         date=options.date,
         reads=tuple(
             PlannedRead(arm=read.arm, phase=read.phase_name, step=read.step, position=read.position)

@@ -40,16 +40,26 @@ def diagnose(judgement: Judgement, traces: Sequence[Trace] = (), payloads: Paylo
 
 
 def _diagnose_mode(mode: ModeJudgement, traces: dict[str, Trace], payloads: PayloadSource) -> ModeJudgement:
-    prompts = tuple(_diagnose_trace(item, traces.get(item.file), payloads) for item in mode.prompts)
+    prompts = tuple(_diagnose_prompt(item, traces, payloads) for item in mode.prompts)
     first = mode.first_failure
     if first is None:
         return replace(mode, prompts=prompts)
-    same = [
-        p.first_failure
-        for p in prompts
-        if p.first_failure is not None and replace(p.first_failure, root_cause="", diagnosis=None) == first
-    ]
+    same = [p.first_failure for p in prompts if p.first_failure is not None and _bare(p.first_failure) == _bare(first)]
     return replace(mode, prompts=prompts, first_failure=same[0])
+
+
+def _bare(failure: Failure) -> Failure:
+    return replace(failure, root_cause="", diagnosis=None)
+
+
+def _diagnose_prompt(item: TraceJudgement, traces: dict[str, Trace], payloads: PayloadSource) -> TraceJudgement:
+    """Diagnose a failure from the trace in which it was seen: the run's own, or its rung's on the ladder."""
+    first, ladder = item.first_failure, item.ladder
+    if first is None or ladder is None or not first.rung:
+        return _diagnose_trace(item, traces.get(item.file), payloads)
+    judged = _diagnose_trace(ladder.judged, traces.get(ladder.judged.file), payloads)
+    found = replace(judged.failures[0], rung=first.rung)
+    return replace(item, failures=(found, *item.failures[1:]), ladder=replace(ladder, judged=judged))
 
 
 def _diagnose_trace(item: TraceJudgement, trace: Trace | None, payloads: PayloadSource) -> TraceJudgement:
@@ -59,6 +69,7 @@ def _diagnose_trace(item: TraceJudgement, trace: Trace | None, payloads: Payload
     told = None
     if trace is not None:
         told = blame(Scene(trace, item, first, payloads))
+    if trace is not None and first.diagnosis is None:
         first = replace(first, diagnosis=explain(Scene(trace, item, first, payloads)) or _matched(first))
     words = root_cause(first, item)
     if told is not None:

@@ -212,6 +212,8 @@ class Failure:
     match: Match | None = None
     """The matched filter that told the failure, where neither the floor nor the local test did."""
     diagnosis: Diagnosis | None = None
+    rung: str = ""
+    """The rung of the precision ladder at which it was seen; empty for the run itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +234,70 @@ class Limits:
     smallest_at: str
     largest: float
     largest_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class Slope:
+    """How one tap's drift goes with the unit roundoff, from the run to a rung of the ladder."""
+
+    layer: int | None
+    tensor: str
+    base: float
+    """Drift in the run itself, the largest over steps."""
+    rung: float
+    """Drift at the rung."""
+    slope: float | None
+    """log(rung / base) over log of the same ratio of unit roundoffs: about 1 for arithmetic, about 0 for a bug.
+
+    None where either drift is 0 or infinite, or both runs have one unit roundoff."""
+
+
+class Outcome(str, Enum):
+    """What the ladder says of a run's own verdict."""
+
+    AGREES = "agrees"
+    SHARPER = "sharper"
+    SCALES = "scales"
+    PRECISION = "precision"
+    NOT_TOLD = "not told"
+
+    @property
+    def words(self) -> str:
+        """The outcome as a sentence."""
+        return _OUTCOMES[self]
+
+
+_OUTCOMES = {
+    Outcome.AGREES: "nothing is beyond the floor there either",
+    Outcome.SHARPER: "beyond the floor there, where rounding is far too small to explain it: no arithmetic",
+    Outcome.SCALES: "larger than this run's floor, but it scales with the unit roundoff: arithmetic",
+    Outcome.PRECISION: "far beyond the floor of this run's dtype, and gone in float64: something rounds more coarsely "
+    "than declared, or a kernel of this dtype is wrong",
+    Outcome.NOT_TOLD: "the rung cannot tell; the run's own verdict stands",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """The whole experiment once more at a higher precision, beside the run itself."""
+
+    rung: str
+    judged: TraceJudgement
+    """The rung's own judgement, by the same rules."""
+    outcome: Outcome
+    base_verdict: Verdict
+    """What the run alone was judged to be."""
+    base_unit: float
+    """Unit roundoff of the coarsest dtype that the run declares."""
+    unit: float
+    """The same at the rung: of the dtype that is left when the model's own casts are lifted."""
+    limited_by: str
+    """What sets `unit`: the rung's dtype, or a cast inside that could not be lifted."""
+    noise: float | None
+    """Largest drift between the rung's controls: the roundoff that was really reached."""
+    slopes: tuple[Slope, ...]
+    seconds: float | None
+    """What the rung took; None where its trace does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,11 +329,18 @@ class TraceJudgement:
     file: str = ""
     matches: tuple[Match, ...] = ()
     """What matched filters found in decode under the floor."""
+    ladder: Ladder | None = None
+    """The same prompt and mode at a higher precision, where it was run."""
 
     @property
     def first_failure(self) -> Failure | None:
         """The first failing tap of the earliest failing step, where the verdict is MISMATCH."""
         return self.failures[0] if self.failures and self.verdict is Verdict.MISMATCH else None
+
+    @property
+    def decided_by(self) -> TraceJudgement:
+        """The judgement whose numbers decided: the rung's where the ladder found what the verdict rests on."""
+        return self.ladder.judged if self.ladder and self.ladder.outcome is Outcome.SHARPER else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +388,12 @@ class Judgement:
     """Modes that were run, by name."""
     limits: Limits | None
     impact: Impact | None
+
+    @property
+    def ladders(self) -> tuple[Ladder, ...]:
+        """Every rung that was climbed."""
+        prompts = (item for mode in self.modes.values() for item in mode.prompts)
+        return tuple(item.ladder for item in prompts if item.ladder is not None)
 
     @property
     def first_failure(self) -> Failure | None:

@@ -333,10 +333,10 @@ def _duplicates(records: tuple[Record, ...], places: tuple[tuple[str, int], ...]
 
 
 def _twins(loaded: list[Loaded]) -> list[Problem]:
-    seen: dict[tuple[str, str], str] = {}
+    seen: dict[tuple[str, str, str], str] = {}
     found = []
     for trace in (entry.trace for entry in loaded):
-        key = (trace.header.mode, trace.header.prompt)
+        key = (trace.header.mode, trace.header.prompt, trace.header.rung)
         if key in seen:
             found.append(Problem(trace.path, 0, "two traces of the same prompt and mode",
                                  f"{key[1]}, {key[0]}: also in {seen[key]}",

@@ -7,7 +7,7 @@ passes are read. Modes are plans: `as_designed` runs the engine as it is, `kv_al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from driftprobe.errors import UsageError
@@ -94,6 +94,8 @@ class Plan:
     arms: tuple[Arm, ...]
     layers: tuple[int, ...] | None = None
     """Layers to record; None is all."""
+    rung: str = ""
+    """The rung of the precision ladder at which it runs; empty for the model as it is."""
 
     @property
     def reads(self) -> tuple[Read, ...]:
@@ -126,6 +128,14 @@ def make_plan(
     if mode is Mode.KV_ALIGNED:
         arms.append(_decode("A", n, steps, aligned=True))
     return Plan(mode, prompt, steps, seed, tuple(arms), layers)
+
+
+def at_rung(plan: Plan, rung: str) -> Plan:
+    """Return a plan's second run at a rung of the precision ladder: the same arms, but for the repetitions P' and D'.
+
+    Whether the engine repeats itself was asked in the first run.
+    """
+    return replace(plan, rung=rung, arms=tuple(arm for arm in plan.arms if not arm.name.endswith("'")))
 
 
 def tokens_needed(plan: Plan) -> int:

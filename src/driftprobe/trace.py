@@ -134,6 +134,10 @@ class Record:
         return (self.arm, self.phase, self.step, self.layer, self.tensor, self.logical_tok_idx)
 
 
+COST = "cost"
+"""Event: what a rung of the precision ladder took, in `milliseconds`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """Something that an arm did or checked, which no tensor shows (a cache row read back, say)."""

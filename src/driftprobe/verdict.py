@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from driftprobe.climb import climb, in_words
 from driftprobe.compare import Drift, Pair, Pairing, PayloadSource, pair
 from driftprobe.floor import LIMIT, Controls, Floor, Floors, innocent, is_control, is_extension, measure_floors
 from driftprobe.gates import Evidence, measure_determinism, pass_gates
@@ -25,10 +26,10 @@ from driftprobe.judgement import (
     Verdict,
 )
 from driftprobe.local import LOCAL_LIMIT, Bench, bench, own_rounding
-from driftprobe.matched import MIN_Z, match_filters
+from driftprobe.matched import match_filters
 from driftprobe.rows import check_rows, kv_indicators
 from driftprobe.taps import ExecutionOrder, execution_order, place
-from driftprobe.trace import CONSTANTS, Record, Trace
+from driftprobe.trace import CONSTANTS, COST, Record, Trace
 
 _COMPARED = ("P", "D", "A")
 """The arms that a verdict is about; all others are controls, or the model's constants."""
@@ -37,10 +38,11 @@ MODES = ("as_designed", "kv_aligned")
 
 def judge(traces: Sequence[Trace], payloads: PayloadSource) -> Judgement:
     """Return the judgement of all traces of a folder: MISMATCH before N/A before STRUCTURAL_DRIFT before NO_DRIFT."""
-    judged = [judge_trace(trace, payloads) for trace in traces]
+    base = base_traces(traces)
+    judged = [_climbed(trace, traces, payloads) for trace in base]
     names = [m for m in MODES if any(j.mode == m for j in judged)]
     names += sorted({j.mode for j in judged} - set(MODES))
-    modes = {name: _judge_mode(name, [j for j in judged if j.mode == name], traces) for name in names}
+    modes = {name: _judge_mode(name, [j for j in judged if j.mode == name], base) for name in names}
     verdict = _worst(mode.verdict for mode in modes.values())
     deciding = next((m for m in reversed(modes.values()) if m.verdict is verdict), None)
     return Judgement(
@@ -50,6 +52,24 @@ def judge(traces: Sequence[Trace], payloads: PayloadSource) -> Judgement:
         limits=_pool_limits(mode.limits for mode in modes.values()),
         impact=worst_impact(mode.impact for mode in modes.values()),
     )
+
+
+def base_traces(traces: Sequence[Trace]) -> tuple[Trace, ...]:
+    """Return the runs themselves, without those of a ladder; a rung whose run is missing stands for itself."""
+    own = {(t.header.mode, t.header.prompt) for t in traces if not t.header.rung}
+    return tuple(t for t in traces if not t.header.rung or (t.header.mode, t.header.prompt) not in own)
+
+
+def _climbed(trace: Trace, traces: Sequence[Trace], payloads: PayloadSource) -> TraceJudgement:
+    """Return the judgement of one prompt in one mode, with the rung of the ladder that belongs to it."""
+    judged, mine = judge_trace(trace, payloads), (trace.header.mode, trace.header.prompt)
+    rung = next(
+        (t for t in traces if t.header.rung and t is not trace and (t.header.mode, t.header.prompt) == mine), None
+    )
+    if rung is None:
+        return judged
+    took = next((e.measured.get("milliseconds") for e in rung.events if e.event == COST), None)
+    return climb(judged, judge_trace(rung, payloads), rung.header.rung, None if took is None else took / 1000)
 
 
 def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
@@ -216,7 +236,7 @@ def _decide(
     if shut is not None:
         return Verdict.NOT_AVAILABLE, f"gate '{shut.name}': {shut.detail}"
     if failures:
-        return Verdict.MISMATCH, _words(failures[0])
+        return Verdict.MISMATCH, in_words(failures[0])
     if reading is Reading.HARNESS:
         return Verdict.NOT_AVAILABLE, reading.words
     unknown = [cell for cell in cells if cell.status is Status.UNKNOWN]
@@ -231,24 +251,6 @@ def _decide(
     return Verdict.STRUCTURAL_DRIFT, (
         f"largest excess {largest.excess:.2g} × floor, at {place(largest.layer, largest.tensor)}; limit {LIMIT:g}"
     )
-
-
-def _words(failure: Failure) -> str:
-    """Return a failure in a sentence: what, where, measured, allowed."""
-    where = f"{place(failure.layer, failure.tensor)}, prompt {failure.prompt}, step {failure.step}"
-    lead = f"{failure.phase} differs from prefill_last at {where}: drift {failure.drift:.2e}, "
-    if failure.local is not None:
-        return (
-            f"{lead}under the floor of {failure.floor:.2e}, but the op's inputs are bit for bit equal and its own "
-            f"rounding is exceeded ×{failure.local:.3g} (limit {LOCAL_LIMIT:g})"
-        )
-    if failure.match is not None:
-        found = failure.match
-        return (
-            f"{lead}under the floor of {failure.floor:.2e}, but all elements move one way, by {found.share:+.2e} "
-            f"± {found.error:.1e} of themselves ({abs(found.z):.1f} standard errors, limit {MIN_Z:g})"
-        )
-    return f"{lead}floor {failure.floor:.2e} (×{failure.excess:.3g}, limit {LIMIT:g})"
 
 
 def _limits(cells: Sequence[Cell]) -> Limits | None:
@@ -283,7 +285,7 @@ def _judge_mode(name: str, judged: Sequence[TraceJudgement], traces: Sequence[Tr
     deciding = [item for item in judged if item.verdict is verdict]
     first = _first_of(judged)
     shown = max(deciding, key=_largest_excess, default=None)
-    reason = _words(first) if first is not None else f"{shown.prompt}: {shown.reason}" if shown is not None else ""
+    reason = in_words(first) if first is not None else f"{shown.prompt}: {shown.reason}" if shown is not None else ""
     cells = [cell for item in judged for cell in item.cells]
     return ModeJudgement(
         mode=name,

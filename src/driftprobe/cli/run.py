@@ -48,6 +48,7 @@ Reports go to OUT/DATE/NAME. Exit codes: 0 NO_DRIFT or STRUCTURAL_DRIFT, 1 MISMA
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the rounding noise of arms N.")
 @click.option("--payload", default="failing", show_default=True, help="Whole tensors to keep: none, failing, all.")
 @click.option("--fault", default=None, help="Plant a fault (see `driftprobe faults`).")
+@click.option("--ladder", default="auto", show_default=True, help="Run all again in float64: auto, on or off.")
 @click.option("--date", default=None, help="Folder of the run under OUT. Default: today.")
 @click.option("--name", default="b3_66_v2", show_default=True, help="Name of the run.")
 @click.option(
@@ -68,6 +69,7 @@ def command(
     seed: int,
     payload: str,
     fault: str | None,
+    ladder: str,
     date: str | None,
     name: str,
     out: Path,
@@ -77,8 +79,8 @@ def command(
     day = date or calendar.today().isoformat()
     root = place_of(out, day, name)
     options = RunOptions(
-        modes=parse_mode(mode), steps=steps, seed=seed, layers=_layers(layers), payload=payload, fault=fault, date=day,
-        output=root.as_posix(),
+        modes=parse_mode(mode), steps=steps, seed=seed, layers=_layers(layers), payload=payload, fault=fault,
+        ladder=ladder, date=day, output=root.as_posix(),
     )  # fmt: skip
     if fault is not None:
         find_fault(fault)

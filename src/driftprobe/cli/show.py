@@ -10,6 +10,7 @@ from rich.text import Text
 from driftprobe.api import Result
 from driftprobe.errors import TraceError
 from driftprobe.judgement import Impact, Judgement, ModeJudgement, Status, Verdict
+from driftprobe.report.ladder import ladder_words
 
 EXIT_CODES = {
     Verdict.NO_DRIFT: 0,
@@ -87,6 +88,8 @@ def _lines(result: Result) -> list[tuple[str, str]]:
         limits = judgement.limits
         lines.append(("detection limit", f"{limits.smallest:.2e} ({limits.smallest_at}) to {limits.largest:.2e} "
                       f"({limits.largest_at}), relative"))  # fmt: skip
+    if judgement.ladders:
+        lines.append(("ladder", ladder_words(judgement)))
     if judgement.impact is not None:
         lines.append(("impact", impact_in_words(judgement.impact)))
     return lines

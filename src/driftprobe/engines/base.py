@@ -46,6 +46,16 @@ class Engine(Protocol):
     """Whether the engine can run arms N: its own ops with a rounding error added to each result."""
 
     @property
+    def rungs(self) -> tuple[str, ...]:
+        """The higher precisions at which this engine can run everything again; empty where it cannot."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers its parameters hold: what a rung costs."""
+        ...
+
+    @property
     def facts(self) -> EngineFacts:
         """What the engine declares of itself and its model."""
         ...
@@ -77,6 +87,12 @@ class Engine(Protocol):
 
     def weights(self, layer: int | None, tensor: str) -> Iterator[Constant]:
         """Return the matrices of the op behind a tap; nothing where they are not known."""
+
+    def at(self, rung: str) -> AbstractContextManager[None]:
+        """Run at a rung while the context lasts: `facts` then tell the dtype and the casts that are left there.
+
+        A planted fault stays planted. Raises UsageError for a rung that is not one of `rungs`.
+        """
         ...
 
     def plant(self, fault: str, strength: float | None = None) -> AbstractContextManager[Expected]:

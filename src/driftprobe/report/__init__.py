@@ -11,6 +11,7 @@ from driftprobe.judgement import Judgement
 from driftprobe.report import analysis, final_report, tsv, verdict_json
 from driftprobe.report.facts import FILES
 from driftprobe.trace import Trace
+from driftprobe.verdict import base_traces
 
 Render = Callable[[Judgement, Sequence[Trace]], str]
 
@@ -23,5 +24,6 @@ REPORTS: dict[str, Render] = {
 
 
 def render_all(judgement: Judgement, traces: Sequence[Trace]) -> dict[str, str]:
-    """Return every report: file name -> its text."""
-    return {name: render(judgement, traces) for name, render in REPORTS.items()}
+    """Return every report: file name -> its text. What a rung of the ladder has to say, the judgement says."""
+    base = base_traces(traces)
+    return {name: render(judgement, base) for name, render in REPORTS.items()}

@@ -10,6 +10,7 @@ from driftprobe.fingerprint import SKETCH_SIZE
 from driftprobe.floor import LIMIT
 from driftprobe.judgement import Cell, Determinism, Judgement, Reading, RowCheck, Status, TraceJudgement
 from driftprobe.report import facts
+from driftprobe.report.ladder import slopes
 from driftprobe.report.text import (
     NOT_TOLD,
     blocks,
@@ -85,8 +86,10 @@ def _prompt(item: TraceJudgement) -> str:
         _excess(item.cells),
         "#### The largest cells",
         _largest(item.cells),
+        "#### Precision ladder",
+        slopes(item.ladder),
         "#### Cache rows that are not all equal",
-        _rows(item.rows),
+        _rows(item.decided_by.rows),
         "#### Controls",
         _controls(item.controls),
         "#### Detection limit, by tap",

@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Sequence
 
 from driftprobe.floor import LIMIT
-from driftprobe.judgement import Cell, Failure, Impact, Judgement, Status, Verdict
+from driftprobe.judgement import Cell, Failure, Impact, Judgement, Outcome, Status, Verdict
 from driftprobe.report import facts
+from driftprobe.report.ladder import rung_limits
 from driftprobe.report.text import blocks, bullets, code, count, number, printable, prose, table, times, truth
 from driftprobe.taps import BY_NAME, place
 from driftprobe.trace import Trace
@@ -27,7 +28,18 @@ def conclusion(judgement: Judgement, traces: Sequence[Trace]) -> str:
         "### Detection Limit",
         prose(facts.limits_words(judgement)),
         "A smaller fault can hide below it: this report does not rule that out." if judgement.limits else "",
+        _sharper_limit(judgement),
     ])  # fmt: skip
+
+
+def _sharper_limit(judgement: Judgement) -> str:
+    limits = rung_limits(judgement)
+    if limits is None:
+        return ""
+    return (
+        f"On the precision ladder the limit is {number(limits.smallest)} to {number(limits.largest)}, in "
+        f"{prose(judgement.ladders[0].rung)}: a fault that does not depend on the dtype is seen from there on."
+    )
 
 
 def _headline(judgement: Judgement) -> str:
@@ -69,8 +81,9 @@ def _structural(judgement: Judgement) -> list[str]:
         if worst is None
         else f": the largest excess is {times(worst.excess)} (limit {LIMIT:g}), at {prose(facts.where(worst))}"
     )
+    scaled = [ladder.outcome.words for ladder in judgement.ladders if ladder.outcome is Outcome.SCALES]
     found = [
-        f"Every drift is within {LIMIT:g} × its floor{size}.",
+        f"Every drift is within {LIMIT:g} × its floor{size}." if not scaled else f"{scaled[0].capitalize()}{size}.",
         "Variance through seq_len and cache semantics is expected behaviour. No fix needed.",
     ]
     if judgement.impact is not None and judgement.impact.flip == "tie flip":
@@ -81,7 +94,8 @@ def _structural(judgement: Judgement) -> list[str]:
 
 
 def _mismatch(failure: Failure, judgement: Judgement) -> list[str]:
-    failed, compared = len(facts.failing(facts.every_cell(judgement))), len(facts.every_cell(judgement))
+    cells = [cell for item in facts.all_prompts(judgement) for cell in item.decided_by.cells]
+    failed, compared = len(facts.failing(cells)), len(cells)
     return [
         f"Drift {number(failure.drift)}, floor {number(failure.floor)}: {times(failure.excess)}, limit {LIMIT:g}.",
         f"Root cause: {prose(failure.root_cause)}.",
@@ -199,7 +213,7 @@ def _next_steps(judgement: Judgement, traces: Sequence[Trace]) -> list[_Step]:
             steps.append(("Run again", "Once the cause is mended:" + _same_prompts(traces), again))
     elif judgement.verdict is Verdict.STRUCTURAL_DRIFT:
         steps.append(("Document it", "Note the largest excess and the detection limit as expected behaviour.", ""))
-        steps += _finer(traces)
+        steps += [] if judgement.ladders else _finer(traces)
         steps.append(
             ("Keep it so", "Run this in CI; exit code 0 means no bug was found:" + _same_prompts(traces), again)
         )

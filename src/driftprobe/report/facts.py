@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from driftprobe.floor import LIMIT
-from driftprobe.judgement import Cell, Failure, Judgement, ModeJudgement, Status, TraceJudgement, Verdict
+from driftprobe.judgement import Cell, Failure, Judgement, ModeJudgement, Outcome, Status, TraceJudgement, Verdict
 from driftprobe.report.text import NOT_TOLD, count, number, printable, times
 from driftprobe.taps import execution_order, place
 from driftprobe.trace import Header, Trace
@@ -135,6 +135,9 @@ def pass_fail(mode: ModeJudgement) -> str:
     """Return the seed's Pass/Fail count, with what is neither."""
     more = [(mode.count(Status.UNKNOWN), "not told"), (mode.unpaired, "unpaired")]
     counts = [f"{mode.count(Status.PASS)} pass / {mode.count(Status.FAIL)} fail"]
+    sharper = [item.decided_by for item in mode.prompts if item.decided_by is not item]
+    if sharper:
+        counts.append(f"{sum(len(failing(item.cells)) for item in sharper)} fail in float64")
     return ", ".join(counts + [f"{amount} {word}" for amount, word in more if amount])
 
 
@@ -244,6 +247,9 @@ def reason(found: Judgement | ModeJudgement) -> str:
     """Return why the verdict is what it is, over every prompt: a judgement's own reason names one prompt alone."""
     cells = found.cells if isinstance(found, ModeJudgement) else every_cell(found)
     worst = largest(cells)
+    prompts = found.prompts if isinstance(found, ModeJudgement) else all_prompts(found)
+    if any(item.ladder is not None and item.ladder.outcome is Outcome.SCALES for item in prompts):
+        return found.reason
     if found.verdict is Verdict.STRUCTURAL_DRIFT and worst is not None:
         return f"largest excess {times(worst.excess)}, at {where(worst)}; limit {LIMIT:g}"
     if found.verdict is Verdict.NO_DRIFT:

@@ -16,6 +16,7 @@ from driftprobe.report.conclusion import conclusion, recommendations
 from driftprobe.report.evidence import evidence_matrix
 from driftprobe.report.facts import FILES
 from driftprobe.report.failures import failures_section
+from driftprobe.report.ladder import ladder_section
 from driftprobe.report.snippets import MAX_WORDS, about, snippets
 from driftprobe.report.text import blocks, bullets, clip, code, count, prose, table
 from driftprobe.taps import place
@@ -157,6 +158,7 @@ def _hypotheses(judgement: Judgement, traces: Sequence[Trace]) -> str:
         f"**This run**: **{judgement.verdict.value}**. {prose(facts.reason(judgement))}.",
         "### Two-by-two Reading",
         _readings(judgement, traces),
+        ladder_section(judgement),
     ])  # fmt: skip
 
 
@@ -191,7 +193,8 @@ def _readings(judgement: Judgement, traces: Sequence[Trace]) -> str:
     rows = []
     for item in judgement.modes["kv_aligned"].prompts:
         told = item.reading is not Reading.NONE
-        beyond = [_beyond(len(facts.failing(cells)), len(cells), told) for cells in (item.cells, item.aligned_cells)]
+        both = (item.decided_by.cells, item.decided_by.aligned_cells)
+        beyond = [_beyond(len(facts.failing(cells)), len(cells), told) for cells in both]
         rows.append((code(item.prompt), *beyond, f"**{item.reading.value}**", prose(item.reading.words)))
     return blocks([
         "D is decode with its own cache; A is decode with prefill's cache rows put in, bit for bit.",
@@ -226,6 +229,11 @@ def _artifacts(judgement: Judgement, traces: Sequence[Trace]) -> str:
         if not trace.foreign:
             log = f"run/{header.prompt}_{header.mode}.log"
             rows.append((f"Run log, {named}", code(facts.path(traces, log))))
+    for ladder in judgement.ladders:
+        item = ladder.judged
+        named = f"{code(item.prompt)}, {prose(item.mode)}, in {prose(ladder.rung)}"
+        rows.append((f"Raw trace, {named}", code(facts.path(traces, f"traces/{item.file}"))))
+        rows.append((f"Run log, {named}", code(facts.path(traces, f"run/{item.file.removesuffix('.jsonl')}.log"))))
     note = "Another program wrote the traces, so there is no run log." if any(t.foreign for t in traces) else ""
     return blocks([
         "## 8. Artifacts Reference",

@@ -64,6 +64,10 @@ def _failed(judgement: Judgement, traces: Sequence[Trace]) -> tuple[Record, ...]
     if failure is None:
         return ()
     place = (failure.prompt, failure.step, failure.layer, failure.tensor)
+    if failure.rung:
+        cells = (cell for ladder in judgement.ladders for cell in ladder.judged.cells)
+        mine = [c for c in cells if (c.prompt, c.step, c.layer, c.tensor) == place and not c.drift.equal]
+        return (mine[0].reference, mine[0].candidate) if mine else ()
     for trace in traces:
         here = [r for r in trace.records if (r.prompt, r.step, r.layer, r.tensor) == place]
         for reference in (r for r in here if (r.arm, r.phase) == ("P", "prefill_last")):

@@ -17,7 +17,7 @@ from driftprobe.trace import Trace
 COLUMNS = (
     "mode", "prompt", "step", "phase", "layer", "tensor", "token_id", "logical_tok_idx", "pos_id", "shape", "dtype",
     "prefill_hash", "decode_hash", "equal", "drift", "rung", "max_abs", "ulp", "floor", "floor_source", "excess",
-    "limit", "status", "aligned_drift", "aligned_excess", "source",
+    "limit", "status", "aligned_drift", "aligned_excess", "source", "ladder_drift", "ladder_excess", "slope",
 )  # fmt: skip
 
 
@@ -26,7 +26,11 @@ def render(judgement: Judgement, traces: Sequence[Trace]) -> str:
     lines = ["\t".join(COLUMNS)]
     for item in all_prompts(judgement):
         aligned = {_key(cell): cell for cell in item.aligned_cells}
-        lines += ["\t".join(map(_field, _row(item.mode, cell, aligned.get(_key(cell))))) for cell in item.cells]
+        finer = {_key(cell): cell for cell in item.ladder.judged.cells} if item.ladder else {}
+        slopes = {(s.layer, s.tensor): s.slope for s in item.ladder.slopes} if item.ladder else {}
+        for cell in item.cells:
+            row = _row(item.mode, cell, aligned.get(_key(cell)), finer.get(_key(cell)))
+            lines.append("\t".join(map(_field, (*row, slopes.get((cell.layer, cell.tensor))))))
     return "\n".join(lines) + "\n"
 
 
@@ -37,7 +41,7 @@ def _key(cell: Cell) -> tuple[int, int | None, str, int | None]:
 _Value = str | int | float | bool | None
 
 
-def _row(mode: str, cell: Cell, aligned: Cell | None) -> tuple[_Value, ...]:
+def _row(mode: str, cell: Cell, aligned: Cell | None, finer: Cell | None) -> tuple[_Value, ...]:
     prefill, decode, drift = cell.reference, cell.candidate, cell.drift
     shape = decode.shape if decode.shape is not None else prefill.shape
     return (
@@ -47,6 +51,7 @@ def _row(mode: str, cell: Cell, aligned: Cell | None) -> tuple[_Value, ...]:
         cell.floor.source, cell.excess, LIMIT, cell.status.value, None if aligned is None else aligned.drift.value,
         None if aligned is None else aligned.excess,
         "recomputed" if "recomputed" in (prefill.source, decode.source) else decode.source,
+        None if finer is None else finer.drift.value, None if finer is None else finer.excess,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from driftprobe.judgement import (
     Impact,
     Judgement,
     KvIndicators,
+    Ladder,
     Limits,
     ModeJudgement,
     Range,
@@ -94,7 +95,27 @@ def _mode(mode: ModeJudgement | None) -> _Object:
         "attention": _attention(mode.attention if mode else _NO_ATTENTION) if mode else None,
         "readings": {item.prompt: item.reading.value for item in prompts},
         "determinism": _determinism(prompts) if mode else None,
+        "ladder": {item.prompt: _ladder(item.ladder) for item in prompts if item.ladder is not None},
         "gates": {item.prompt: shut for item in prompts if (shut := _shut_gates(item))},
+    }
+
+
+def _ladder(ladder: Ladder) -> _Object:
+    told = [slope.slope for slope in ladder.slopes if slope.slope is not None]
+    return {
+        "rung": ladder.rung,
+        "outcome": ladder.outcome.value,
+        "run_verdict": ladder.base_verdict.value,
+        "verdict": ladder.judged.verdict.value,
+        "reason": ladder.judged.reason,
+        "run_unit_roundoff": ladder.base_unit,
+        "unit_roundoff": ladder.unit,
+        "limited_by": ladder.limited_by,
+        "largest_control_drift": ladder.noise,
+        "smallest_slope": min(told, default=None),
+        "largest_slope": max(told, default=None),
+        "detection_limit_detail": _limits(ladder.judged.limits),
+        "seconds": ladder.seconds,
     }
 
 
@@ -111,6 +132,7 @@ def _failure(failure: Failure | None) -> _Object | None:
         "excess": failure.excess,
         "root_cause": failure.root_cause,
         "phase": failure.phase,
+        "rung": failure.rung,
     }
 
 

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from driftprobe.engines.base import Constant, Tapped
 from driftprobe.engines.hf.anatomy import dissect, text_config
@@ -16,12 +15,13 @@ from driftprobe.engines.hf.cache import TupleCache, layer_count, new_cache, rows
 from driftprobe.engines.hf.constants import constants_of
 from driftprobe.engines.hf.fused import same_bits
 from driftprobe.engines.hf.host import to_array
+from driftprobe.engines.hf.lifting import RUNG, Narrowings, lifted
 from driftprobe.engines.hf.noise import rounding_noise
 from driftprobe.engines.hf.planting import Site, cannot_act, plant
 from driftprobe.engines.hf.spy import Heard, Learned, Rows, Spy
 from driftprobe.engines.hf.trial import learn, taps_of, trial_length
 from driftprobe.engines.hf.weights import weights_of
-from driftprobe.errors import EngineError, ModelError
+from driftprobe.errors import EngineError, ModelError, UsageError
 from driftprobe.faults import Expected, find_fault
 from driftprobe.plan import Arm, Pass, Phase, Read
 from driftprobe.taps import BY_NAME, execution_order
@@ -29,6 +29,9 @@ from driftprobe.trace import EngineFacts, Event
 
 _SAMPLE = 6
 """Tokens of the run that shows whether a planted fault changes anything."""
+_WIDE_DEVICES = ("cpu", "cuda", "xpu")
+"""Devices that compute in float64."""
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NO_LIMIT = 1 << 20
 """Positions allowed where a model states no limit of its own (ALiBi, state-space)."""
 
@@ -127,6 +130,35 @@ class HFEngine:
     def weights(self, layer: int | None, tensor: str) -> Iterator[Constant]:
         """Return the matrices of the op behind a tap; see Engine.weights."""
         yield from weights_of(self.model, self.anatomy, self._learned, layer, tensor)
+
+    @property
+    def rungs(self) -> tuple[str, ...]:
+        """`float64`, where all of the model's weights are floats and its device computes in float64."""
+        weights = (parameter.dtype for parameter in self.model.parameters())
+        wide = self.model.device.type in _WIDE_DEVICES and all(dtype in _FLOATS for dtype in weights)
+        return (RUNG,) if wide else ()
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model's parameters hold; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @contextmanager
+    def at(self, rung: str) -> Iterator[None]:
+        """Run at a rung of the ladder while the context lasts; see Engine.at and lifting."""
+        if rung not in self.rungs:
+            raise UsageError(
+                "no such rung of the precision ladder", where=self._label, measured=rung,
+                allowed=", ".join(self.rungs) or "none: this device or these weights know no float64",
+                next_step="run with --ladder off",
+            )  # fmt: skip
+        before = self._inner_cast
+        with lifted(self.model):
+            try:
+                self._inner_cast = self._casts_inside()
+                yield
+            finally:
+                self._inner_cast = before
 
     @contextmanager
     def plant(self, fault: str, strength: float | None = None) -> Iterator[Expected]:
@@ -242,12 +274,15 @@ class HFEngine:
         return {**_casts(self.model), **self._inner_cast}
 
     def _casts_inside(self) -> dict[str, str]:
-        """Return the float32 casts inside a float64 model; norms, RoPE and softmax have them."""
+        """Return the coarsest dtype that a float64 model makes of float64 inside; norms, RoPE and softmax may."""
         if self.model.dtype != torch.float64:
             return {}
-        with self._evaluating(), Downcasts() as found:
-            self._forward(self._some_tokens(2), 0, self._cache())
-        return {"inside ops": "float32"} if found.seen else {}
+        tokens = self._some_tokens(_SAMPLE)
+        with self._evaluating(), Narrowings() as found:
+            cache = self._cache()
+            self._forward(tokens[:-1], 0, cache)
+            self._forward(tokens[-1:], _SAMPLE - 1, cache)
+        return {} if found.coarsest is None else {"inside ops": found.coarsest}
 
     def _noise(self, arm: Arm) -> AbstractContextManager[None]:
         if arm.noise_seed is None:
@@ -308,17 +343,3 @@ def _accumulates(model: Any) -> str:
              torch.float16: "allow_fp16_reduced_precision_reduction"}  # fmt: skip
     reduced = getattr(matmul, flags.get(model.dtype, ""), False)
     return "" if reduced else own
-
-
-class Downcasts(TorchFunctionMode):
-    """Notes whether any op makes float32 out of float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if isinstance(output, torch.Tensor) and output.dtype == torch.float32 and args:
-            self.seen |= isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64
-        return output

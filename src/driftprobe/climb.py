@@ -1,0 +1,164 @@
+"""climb(): a run and its rung of the precision ladder become one judgement.
+
+Arithmetic drift scales with the unit roundoff, and a bug does not. At the rung, with the model's own casts lifted, what
+rounding leaves is small enough for a bug to stand alone; what was beyond the floor in the run and is gone at the rung
+was rounding, of this dtype or of a coarser one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from driftprobe.fingerprint import UNIT_ROUNDOFF
+from driftprobe.floor import LIMIT, UNKNOWN_DTYPE
+from driftprobe.judgement import (
+    Cell,
+    Diagnosis,
+    Failure,
+    Ladder,
+    Outcome,
+    Slope,
+    Status,
+    TraceJudgement,
+    Verdict,
+)
+from driftprobe.local import LOCAL_LIMIT
+from driftprobe.matched import MIN_Z
+from driftprobe.taps import execution_order, place
+from driftprobe.trace import EngineFacts
+
+MODERATE = 4 * LIMIT
+"""Largest excess that may be a floor measured too low. A floor is the largest of a few draws; LIMIT is the margin for
+that, and the largest excess measured in healthy runs is within it (docs/decisions/0003-limit.md). A margin on that
+margin is as large again. What lies beyond is no tail: the next coarser dtype of float32 rounds 8192 times as much. From
+float16 to bfloat16, 8 times apart, an undeclared cast can be smaller than this and is then taken for arithmetic."""
+SHRINKS = 0.75
+"""Slope from which a drift counts as scaling with the unit roundoff: about 1 for arithmetic, about 0 for a bug. Drifts
+of a few roundings stray by a factor of ten or so: a tenth of a slope over nine decades, a quarter over four."""
+ROUNDING = 0.4
+"""Relative L2 error of rounding many numbers once, in unit roundoffs: uniform errors are u/√3 of the power of two below
+a number, and the root mean square of numbers is about 1.5 of that power."""
+
+
+def climb(base: TraceJudgement, rung: TraceJudgement, name: str, seconds: float | None) -> TraceJudgement:
+    """Return the run's judgement with what the rung says of it; `seconds` is what the rung took."""
+    base_unit, unit = _unit(base.engine)[0], _unit(rung.engine)[0]
+    slopes = _slopes(base.cells, rung.cells, unit, base_unit)
+    outcome = _outcome(base, rung, slopes)
+    drifts = [drift for arm, drift in rung.controls.items() if math.isfinite(drift)]
+    ladder = Ladder(name, rung, outcome, base.verdict, base_unit, unit, _unit(rung.engine)[1],
+                    max(drifts, default=None), slopes, seconds)  # fmt: skip
+    judged = replace(base, ladder=ladder)
+    if outcome is Outcome.SHARPER:
+        failures = tuple(replace(failure, rung=name) for failure in rung.failures)
+        return replace(judged, verdict=Verdict.MISMATCH, reason=in_words(failures[0]), failures=failures,
+                       reading=rung.reading)  # fmt: skip
+    if outcome is Outcome.SCALES:
+        return _explained(judged, slopes)
+    if outcome is Outcome.PRECISION:
+        first = replace(base.failures[0], diagnosis=_precision(base.failures[0], rung.cells, base_unit))
+        return replace(judged, failures=(first, *base.failures[1:]))
+    return judged
+
+
+def _outcome(base: TraceJudgement, rung: TraceJudgement, slopes: Sequence[Slope]) -> Outcome:
+    shut = any(not gate.passed for gate in base.gates)
+    if rung.verdict is Verdict.NOT_AVAILABLE or shut:
+        return Outcome.NOT_TOLD
+    if base.verdict is Verdict.MISMATCH and _scale((*base.failures, *rung.failures), slopes):
+        return Outcome.SCALES
+    if rung.verdict is Verdict.MISMATCH:
+        return Outcome.SHARPER
+    return Outcome.PRECISION if base.verdict is Verdict.MISMATCH else Outcome.AGREES
+
+
+def _scale(failures: Sequence[Failure], slopes: Sequence[Slope]) -> bool:
+    """Whether failures are moderate, and each tap's drift shrinks with the roundoff."""
+    by_place = {(slope.layer, slope.tensor): slope for slope in slopes}
+    moderate = max(failure.excess for failure in failures) <= MODERATE
+    return moderate and all(_shrinks(by_place.get((failure.layer, failure.tensor))) for failure in failures)
+
+
+def _shrinks(slope: Slope | None) -> bool:
+    if slope is None:
+        return False
+    return slope.rung == 0.0 or (slope.slope is not None and slope.slope >= SHRINKS)
+
+
+def _slopes(base: Sequence[Cell], rung: Sequence[Cell], unit: float, base_unit: float) -> tuple[Slope, ...]:
+    below, above = _largest(base), _largest(rung)
+    step = math.log(unit / base_unit)
+    found = []
+    for where in sorted(below.keys() & above.keys(), key=lambda p: execution_order(*p)):
+        d, r = below[where], above[where]
+        told = step != 0.0 and all(0.0 < drift < math.inf for drift in (d, r))
+        found.append(Slope(*where, d, r, math.log(r / d) / step if told else None))
+    return tuple(found)
+
+
+def _largest(cells: Sequence[Cell]) -> dict[tuple[int | None, str], float]:
+    found: dict[tuple[int | None, str], float] = {}
+    for cell in cells:
+        if cell.drift.value is not None:
+            where = (cell.layer, cell.tensor)
+            found[where] = max(found.get(where, 0.0), cell.drift.value)
+    return found
+
+
+def _unit(facts: EngineFacts) -> tuple[float, str]:
+    """Return the unit roundoff of the coarsest dtype that an engine declares, and its name with where it comes in."""
+    declared = {facts.dtype or UNKNOWN_DTYPE: facts.dtype or UNKNOWN_DTYPE}
+    declared |= {f"{dtype} ({where})": dtype for where, dtype in facts.casts.items()}
+    known = {words: UNIT_ROUNDOFF[dtype] for words, dtype in declared.items() if dtype in UNIT_ROUNDOFF}
+    words = max(known, key=lambda name: known[name], default=UNKNOWN_DTYPE)
+    return known.get(words, UNIT_ROUNDOFF[UNKNOWN_DTYPE]), words
+
+
+def _explained(judged: TraceJudgement, slopes: Sequence[Slope]) -> TraceJudgement:
+    """Return the judgement of a run whose failures the ladder takes for rounding."""
+    worst = max(judged.failures, key=lambda failure: failure.excess)
+    slope = next(s.slope for s in slopes if (s.layer, s.tensor) == (worst.layer, worst.tensor))
+    scale = "gone" if slope is None else f"slope {slope:.2f}"
+    reason = (
+        f"largest excess {worst.excess:.2g} × floor, at {place(worst.layer, worst.tensor)}, is beyond {LIMIT:g}: "
+        f"{Outcome.SCALES.words} ({scale} on the precision ladder)"
+    )
+    cells, aligned = (
+        tuple(replace(cell, status=Status.PASS) if cell.status is Status.FAIL else cell for cell in found)
+        for found in (judged.cells, judged.aligned_cells)
+    )
+    return replace(judged, verdict=Verdict.STRUCTURAL_DRIFT, reason=reason, failures=(), cells=cells,
+                   aligned_cells=aligned)  # fmt: skip
+
+
+def _precision(first: Failure, rung: Sequence[Cell], base_unit: float) -> Diagnosis:
+    """Return the cause of a failure that is gone at the rung: the dtype whose rounding has the drift's size."""
+    coarser = [dtype for dtype, unit in UNIT_ROUNDOFF.items() if unit > base_unit and dtype != "tfloat32"]
+    dtype = min(coarser, key=lambda name: abs(math.log(first.drift / (ROUNDING * UNIT_ROUNDOFF[name]))), default="")
+    left = next(
+        (c.drift.value or 0.0 for c in rung if (c.step, c.layer, c.tensor) == (first.step, first.layer, first.tensor)),
+        0.0,
+    )
+    return Diagnosis("precision", {"dtype": dtype or "a kernel"}, first.layer, first.tensor, left,
+                     1.0 - (left / first.drift) ** 2)  # fmt: skip
+
+
+def in_words(failure: Failure) -> str:
+    """Return a failure in a sentence: what, where, measured, allowed."""
+    rung = f", run again in {failure.rung}" if failure.rung else ""
+    where = f"{place(failure.layer, failure.tensor)}, prompt {failure.prompt}, step {failure.step}{rung}"
+    lead = f"{failure.phase} differs from prefill_last at {where}: drift {failure.drift:.2e}, "
+    if failure.local is not None:
+        return (
+            f"{lead}under the floor of {failure.floor:.2e}, but the op's inputs are bit for bit equal and its own "
+            f"rounding is exceeded ×{failure.local:.3g} (limit {LOCAL_LIMIT:g})"
+        )
+    if failure.match is not None:
+        found = failure.match
+        return (
+            f"{lead}under the floor of {failure.floor:.2e}, but all elements move one way, by {found.share:+.2e} "
+            f"± {found.error:.1e} of themselves ({abs(found.z):.1f} standard errors, limit {MIN_Z:g})"
+        )
+    return f"{lead}floor {failure.floor:.2e} (×{failure.excess:.3g}, limit {LIMIT:g})"
