@@ -16,7 +16,7 @@ from driftprobe.plan import Mode, Prompt
 
 def with_fault(
     model: Any, fault: str, ids: list[int], *, strength: float | None = None, steps: int = 1, mode: str = "kv_aligned",
-    keep: bool = False,
+    ladder: str = "off", keep: bool = False,
 ) -> tuple[Expected, TraceJudgement, Result]:  # fmt: skip
     """Run one prompt in one mode with a fault in the model; nothing in the trace says so.
 
@@ -25,7 +25,7 @@ def with_fault(
     engine, folder = HFEngine(model), tempfile.TemporaryDirectory()
     try:
         with engine.plant(fault, strength) as expected:
-            options = RunOptions(modes=(Mode(mode),), steps=steps)
+            options = RunOptions(modes=(Mode(mode),), steps=steps, ladder=ladder)
             result = run(engine, [Prompt("p", tuple(ids))], options, Path(folder.name) / "run")
     finally:
         atexit.register(folder.cleanup) if keep else folder.cleanup()

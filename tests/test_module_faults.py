@@ -47,13 +47,15 @@ WIDE = [("llama", "norm_epsilon", 1e-5), ("mixtral", "experts_swapped", 1.0), ("
 LENGTH = 9
 
 
-def named(name: str, fault: str, strength: float, dtype: str = "float32") -> tuple[Failure, Diagnosis]:
+def named(
+    name: str, fault: str, strength: float, dtype: str = "float32", ladder: str = "off"
+) -> tuple[Failure, Diagnosis]:
     """Plant a fault in a tiny model and assert that all of what it declares is found, and on the right side."""
     if name not in KNOWN:
         pytest.skip(f"no {name} in this transformers")
     model = models.build(name, dtype=dtype, seed=1)
     steps = 2 if fault == "adapter_unmerged" else 1  # one step shows no rank but one
-    expected, judged, _ = with_fault(model, fault, models.tokens(LENGTH), strength=strength, steps=steps)
+    expected, judged, _ = with_fault(model, fault, models.tokens(LENGTH), strength=strength, steps=steps, ladder=ladder)
     first = judged.first_failure
     assert judged.verdict.value == "MISMATCH", judged.reason
     assert first is not None
@@ -75,6 +77,12 @@ def test_a_fault_of_a_module_is_named_with_its_parameter_and_side(name: str, fau
 @pytest.mark.parametrize(("name", "fault", "strength"), WIDE)
 def test_float64_names_it_as_well(name: str, fault: str, strength: float) -> None:
     named(name, fault, strength, "float64")
+
+
+@pytest.mark.parametrize(("name", "fault", "strength"), [*WIDE, ("phi3", "weights_quantised_prefill", 8.0)])
+def test_on_the_ladder_the_prediction_fits_to_the_rungs_own_rounding(name: str, fault: str, strength: float) -> None:
+    _, found = named(name, fault, strength, "bfloat16" if fault == "weights_quantised" else "float32", "on")
+    assert found.residual < 1e-12
 
 
 def test_every_fault_of_modules_has_a_case() -> None:

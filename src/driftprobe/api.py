@@ -219,15 +219,12 @@ def run(
 
 
 def _add_matrices(engine: Engine, result: Result, stage: Layout) -> bool:
-    """Add the matrices of each first failure's op to its trace; returns whether any trace has one."""
-    failing = [
-        (judged, judged.first_failure)
-        for mode in result.judgement.modes.values()
-        for judged in mode.prompts
-        if judged.first_failure is not None
-    ]
-    for judged, first in failing:
-        trace = next(t for t in result.traces if t.path == judged.file)
+    """Add the matrices of each first failure's op to the trace that shows it; returns whether any does."""
+    judged = [item for mode in result.judgement.modes.values() for item in mode.prompts]
+    judged += [item.ladder.judged for item in judged if item.ladder is not None]
+    failing = [(item, first) for item in judged if (first := item.first_failure) is not None and not first.rung]
+    for item, first in failing:
+        trace = next(t for t in result.traces if t.path == item.file)
         left_out = add_constants(trace, engine.weights(first.layer, first.tensor), stage.traces)
         if left_out:
             with (stage.logs / trace.path.replace(".jsonl", ".log")).open("a", encoding="utf-8") as log:
