@@ -14,9 +14,9 @@ _EPSILON = (0.01, 1e-3, 1e-4, 1e-5)
 _RELATIVE = (0.1, 0.01, 1e-3)
 
 FAULTS: tuple[Fault, ...] = (
-    _fault("norm_epsilon", "decode adds to the epsilon of the layers' norms and the final one", "attn_norm", 0,
+    _fault("norm_epsilon", "decode adds to the epsilon of every norm in and behind the layers", "attn_norm", 0,
            "norm_epsilon", "norms", _EPSILON, "added to epsilon"),
-    _fault("norm_epsilon_prefill", "prefill adds to the epsilon of the layers' norms and the final one", "attn_norm", 0,
+    _fault("norm_epsilon_prefill", "prefill adds to the epsilon of every norm in and behind the layers", "attn_norm", 0,
            "norm_epsilon", "norms", _EPSILON, "added to epsilon", "prefill"),
     _fault("norm_offset", "decode's norms multiply by weight where prefill has 1 + weight, or the reverse",
            "attn_norm", 0, "norm_offset", "norms", (1.0, *_RELATIVE), "of the one that is lost or added"),

@@ -117,7 +117,7 @@ def branch_norms(layer: Layer) -> dict[str, nn.Module]:
     if getattr(owner, "pre_feedforward_layernorm", None) is not None or layer.attn_norm is None:
         for tap, name in (("x_mid.branch", "post_attention_layernorm"), ("x_out.branch", "post_feedforward_layernorm")):
             module = getattr(owner, name, None)
-            if isinstance(module, nn.Module) and module is not layer.ffn_norm:
+            if isinstance(module, nn.Module) and (module is not layer.ffn_norm or layer.attn_norm is None):
                 found[tap] = module
     return found
 

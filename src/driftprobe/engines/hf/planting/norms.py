@@ -51,8 +51,8 @@ def _step(site: Site, strength: float) -> float:
 
 
 def _offset(site: Site, strength: float) -> Expected:
-    if not _weighted(site):
-        raise cannot_act("norm_offset", "no norm with a weight", "a norm that multiplies by a weight")
+    if not _weighted(site) or site.anatomy.layers[0].attn_norm is None:
+        raise cannot_act("norm_offset", "no norm with a weight before attention", "a norm that multiplies by a weight")
     return Expected(*_first_norm(site), "computation", "norm_offset", {"offset": float(_step(site, strength))})
 
 
