@@ -152,9 +152,9 @@ def pass_fail(mode: ModeJudgement) -> str:
     """Return the seed's Pass/Fail count, with what is neither."""
     more = [(mode.count(Status.UNKNOWN), "not told"), (mode.unpaired, "unpaired")]
     counts = [f"{mode.count(Status.PASS)} pass / {mode.count(Status.FAIL)} fail"]
-    sharper = [item.decided_by for item in mode.prompts if item.decided_by is not item]
+    sharper = [item.ladder for item in mode.prompts if item.ladder and item.decided_by is not item]
     if sharper:
-        counts.append(f"{sum(len(failing(item.cells)) for item in sharper)} fail in float64")
+        counts.append(f"{sum(len(failing(ladder.judged.cells)) for ladder in sharper)} fail in {sharper[0].rung}")
     return ", ".join(counts + [f"{amount} {word}" for amount, word in more if amount])
 
 
