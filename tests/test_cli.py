@@ -107,10 +107,8 @@ def test_modes_of_different_prompts_are_not_one_run(tmp_path: Path) -> None:
     assert driftprobe("run", *ONE_PROMPT, "--mode", "as_designed", cwd=tmp_path).returncode == 0
     other = ("--prompt", "hello", "--date", "2026-02-07", "--mode", "kv_aligned")
     assert driftprobe("run", *other, cwd=tmp_path).returncode == 0
-    assert {p.name for p in (root / "traces").glob("*.jsonl")} == {
-        "prompt_kv_aligned.jsonl",
-        "prompt_kv_aligned_float64.jsonl",
-    }
+    names = {p.name for p in (root / "traces").glob("*.jsonl")}
+    assert names == {"prompt_kv_aligned.jsonl", "prompt_kv_aligned_float64.jsonl"}
     assert "PENDING" in (root / "B3_66_V2_FINAL_REPORT.md").read_text()
 
 
