@@ -58,7 +58,9 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 def test_run_writes_everything_the_report_names(finished: Path) -> None:
     root = finished / "artifacts/2026-02-07/b3_66_v2"
     assert {p.name for p in root.iterdir()} == REPORTS | {"run", "traces"}
-    assert {p.name for p in (root / "run").iterdir()} == {"p0_short_as_designed.log", "p0_short_kv_aligned.log"}
+    assert {p.name for p in (root / "run").iterdir()} == {
+        f"p0_short_{mode}{rung}.log" for mode in ("as_designed", "kv_aligned") for rung in ("", "_float64")
+    }
     verdict = json.loads((root / "verdict.json").read_text())
     assert verdict["verdict"] == "STRUCTURAL_DRIFT"
     assert [verdict["modes"][m]["status"] for m in ("as_designed", "kv_aligned")] == ["COMPLETE", "COMPLETE"]
@@ -105,7 +107,8 @@ def test_modes_of_different_prompts_are_not_one_run(tmp_path: Path) -> None:
     assert driftprobe("run", *ONE_PROMPT, "--mode", "as_designed", cwd=tmp_path).returncode == 0
     other = ("--prompt", "hello", "--date", "2026-02-07", "--mode", "kv_aligned")
     assert driftprobe("run", *other, cwd=tmp_path).returncode == 0
-    assert {p.name for p in (root / "traces").glob("*.jsonl")} == {"prompt_kv_aligned.jsonl"}
+    names = {p.name for p in (root / "traces").glob("*.jsonl")}
+    assert names == {"prompt_kv_aligned.jsonl", "prompt_kv_aligned_float64.jsonl"}
     assert "PENDING" in (root / "B3_66_V2_FINAL_REPORT.md").read_text()
 
 
@@ -127,7 +130,9 @@ def test_own_prompts_from_text_and_file(tmp_path: Path) -> None:
                       "--date", "d", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     names = {p.name for p in (tmp_path / "artifacts/d/b3_66_v2/traces").glob("*.jsonl")}
-    assert names == {f"{name}_as_designed.jsonl" for name in ("prompt", "greeting", "ids")}
+    assert names == {
+        f"{name}_as_designed{rung}.jsonl" for name in ("prompt", "greeting", "ids") for rung in ("", "_float64")
+    }
 
 
 def test_no_colour_and_no_progress_in_a_pipe(tmp_path: Path) -> None:
