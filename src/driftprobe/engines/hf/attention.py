@@ -163,9 +163,8 @@ def _recompute(
             scores_HS = scores_HS.masked_fill(~mask_HS, -torch.inf)
         else:
             scores_HS = scores_HS + mask_HS
-    elif query_BHTD.shape[2] > 1:  # a kernel that is given no mask hides what comes later itself
-        newest = row + key_BGSD.shape[2] - query_BHTD.shape[2] - low
-        scores_HS[:, max(newest + 1, 0) :] = -torch.inf
+    elif query_BHTD.shape[2] > 1:  # a kernel that is given no mask hides later keys itself, counted from the first one
+        scores_HS[:, max(row + 1 - low, 0) :] = -torch.inf
     scores_HS = masked_to_infinity(scores_HS)
     if call.sinks_H is None:
         return scores_HS, torch.softmax(scores_HS, dim=-1)
