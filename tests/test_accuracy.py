@@ -223,7 +223,8 @@ def test_a_variation_does_vary_and_leaves_the_engine_as_it_was(name: str) -> Non
     architecture = {"split_qkv": "phi3", "router_tie": "qwen3_moe"}.get(name, "llama")
     dtype = "float32" if name in _FINE else "bfloat16"
     case = Case("benign", name, architecture, dtype, "eager", 17, 1, 0)
-    engine, plan = models.engine(*case.model), plan_of(case)
+    engine = models.engine(*case.model)
+    plan = plan_of(case, engine)
     tokens = choose_tokens(plan, engine)
     before = truth.run_clean(engine, plan, tokens)
     with BENIGN[name].keep(engine):
@@ -235,7 +236,8 @@ def test_a_variation_does_vary_and_leaves_the_engine_as_it_was(name: str) -> Non
 
 
 def test_chunks_feed_the_whole_prompt_and_leave_what_is_read_alone() -> None:
-    plan = plan_of(Case("benign", "chunks_7", "llama", "float32", "eager", 17, 2, 0))
+    case = Case("benign", "chunks_7", "llama", "float32", "eager", 17, 2, 0)
+    plan = plan_of(case, models.engine(*case.model))
     chunked = BENIGN["chunks_7"].plan(plan)
     by_name = {arm.name: arm for arm in chunked.arms}
     assert [(call.start, call.stop) for call in by_name["D"].passes[:3]] == [(0, 7), (7, 14), (14, 17)]

@@ -134,7 +134,7 @@ def test_a_step_may_lie_in_a_chunk_before_the_last():
     assert [[r.position for r in call.reads] for call in chunked.passes] == [[], [31], [32, 33]]
 
 
-def test_a_prompt_within_one_chunk_has_none_and_a_rung_turns_no_knob():
+def test_a_prompt_within_one_chunk_has_none_and_a_rung_turns_no_threads():
     short = make_plan(Mode.AS_DESIGNED, Prompt("p", (1, 2)), steps=1, seed=0, max_positions=99, knobs=("chunks",))
     assert not arms(short, "P@chunks")
     long = make_plan(
@@ -145,4 +145,4 @@ def test_a_prompt_within_one_chunk_has_none_and_a_rung_turns_no_knob():
         max_positions=99,
         knobs=("threads", "chunks"),
     )
-    assert not [arm for arm in at_rung(long, "float64").arms if "@" in arm.name]
+    assert [arm.name for arm in at_rung(long, "float64").arms if "@" in arm.name] == ["P@chunks"]

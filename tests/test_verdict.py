@@ -334,17 +334,14 @@ def test_hashes_alone_have_no_detection_limit():
     assert judge_trace(bare(toy()[0]), NONE).limits is None
 
 
-@pytest.mark.parametrize(("arm", "repeats"), [("P@chunks", "P"), ("D@threads", "D")])
-def test_a_knob_that_changes_more_than_rounding_is_a_finding(arm, repeats):
+@pytest.mark.parametrize("arm", ["P@chunks", "D@threads"])
+def test_a_knob_that_changes_more_than_rounding_is_a_finding(arm):
     trace, _ = toy(drifting(0.1, (arm,), (1, "attn_ctx")), arms=("P'", "D'", "E1", arm))
     found = judge_trace(trace, NoPayloads())
     assert found.verdict is Verdict.MISMATCH
     first = found.first_failure
     assert first is not None
     assert (first.arm, first.layer, first.tensor, first.of_control) == (arm, 1, "attn_ctx", True)
-    trace, _ = toy(drifting(0.1, (repeats, arm, "D'", "P'", "E1", "D"), (1, "attn_ctx")), arms=("P'", "D'", "E1", arm))
-    if repeats == "D":
-        assert judge_trace(trace, NoPayloads()).first_failure.arm == "D", "held to D, which fails by itself"
 
 
 def test_a_knob_that_rounds_differently_raises_the_floor():

@@ -313,7 +313,10 @@ def _batch(name: str, *, left: bool) -> Keeper:
 
 
 @contextmanager
-def _nothing(_engine: Any) -> Iterator[None]:
+def _several_tokens(engine: Any) -> Iterator[None]:
+    """Refuse a model whose mixers carry a state: transformers does not feed those several tokens on a filled cache."""
+    if "chunks" not in engine.knobs:
+        raise cannot_vary("chunks", "mixers with a state", "a cache that takes several tokens when it is filled")
     yield
 
 
@@ -415,8 +418,8 @@ _VARIATIONS = (
     Benign("cache_int8", "the cache keeps int8 with a scale for each row and head, declared",
            _coarse_cache("cache_int8", "int8", _to_int8)),
     Benign("static_cache", "a cache of fixed size", _static_cache),
-    Benign("chunks_16", "decode's own prefill in chunks of 16 tokens", _nothing, partial(_chunked, 16)),
-    Benign("chunks_7", "decode's own prefill in chunks of 7 tokens", _nothing, partial(_chunked, 7)),
+    Benign("chunks_16", "decode's own prefill in chunks of 16 tokens", _several_tokens, partial(_chunked, 16)),
+    Benign("chunks_7", "decode's own prefill in chunks of 7 tokens", _several_tokens, partial(_chunked, 7)),
     Benign("threads", "decode on another number of threads", _threads),
     Benign("fused_qkv", "decode computes q, k and v in one product", _fused_qkv),
     Benign("split_qkv", "decode computes a fused projection in three", _split_qkv),

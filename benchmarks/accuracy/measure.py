@@ -16,7 +16,7 @@ from benchmarks.accuracy.cases import BENIGN as BENIGN_KIND
 from benchmarks.accuracy.cases import FAULT, Case
 from benchmarks.accuracy.outcome import CANNOT_ACT, ERROR, OK, Answer, Outcome, RuleAnswer, Wanted
 from benchmarks.accuracy.rules import RULES, Tapped, ask
-from driftprobe.api import rung_of
+from driftprobe.api import RunOptions, plan_for, rung_of
 from driftprobe.capture import CaptureOptions, capture, choose_tokens
 from driftprobe.causes import agree
 from driftprobe.constants import add_constants
@@ -26,7 +26,7 @@ from driftprobe.faults import FAULTS, Expected
 from driftprobe.judgement import Judgement, TraceJudgement
 from driftprobe.load import load_traces
 from driftprobe.payload import Payloads
-from driftprobe.plan import Mode, Plan, Prompt, at_rung, make_plan
+from driftprobe.plan import Mode, Plan, Prompt, at_rung
 from driftprobe.taps import execution_order
 from driftprobe.trace import Trace
 from driftprobe.verdict import judge
@@ -62,7 +62,8 @@ def measure(case: Case) -> Outcome:
 
 
 def _measured(case: Case, folder: Path) -> Outcome:
-    engine, plan = models.engine(*case.model), plan_of(case)
+    engine = models.engine(*case.model)
+    plan = plan_of(case, engine)
     seen = _seen(case, engine, plan, folder)
     wanted = _wanted(case, seen.expected)
     base = truth.captured(seen.traces[0], seen.payloads)
@@ -83,10 +84,10 @@ def _measured(case: Case, folder: Path) -> Outcome:
     )
 
 
-def plan_of(case: Case) -> Plan:
+def plan_of(case: Case, engine: Any) -> Plan:
     """Return the plan of a case: one prompt, in the mode that has arm A."""
     prompt = Prompt("case", models.tokens(case.length, case.seed))
-    return make_plan(Mode.KV_ALIGNED, prompt, steps=case.steps, seed=case.seed, max_positions=256)
+    return plan_for(engine, Mode.KV_ALIGNED, prompt, RunOptions(steps=case.steps, seed=case.seed))
 
 
 @contextmanager

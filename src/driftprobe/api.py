@@ -288,21 +288,22 @@ def make_plans(engine: Engine, prompts: Sequence[Prompt], options: RunOptions) -
     _check_options(engine, options)
     if not prompts:
         raise UsageError("no prompts", where="--prompts", measured="0", allowed="1 or more", next_step="give a prompt")
-    return [
-        make_plan(
-            mode,
-            prompt,
-            steps=options.steps,
-            seed=options.seed,
-            max_positions=engine.facts.max_positions,
-            layers=options.layers,
-            noise=engine.perturbs,
-            knobs=engine.knobs,
-            routed="expert_ids" in engine.taps,
-        )
-        for mode in options.modes
-        for prompt in prompts
-    ]
+    return [plan_for(engine, mode, prompt, options) for mode in options.modes for prompt in prompts]
+
+
+def plan_for(engine: Engine, mode: Mode, prompt: Prompt, options: RunOptions) -> Plan:
+    """Return the plan of one prompt in one mode, with all the controls that the engine has."""
+    return make_plan(
+        mode,
+        prompt,
+        steps=options.steps,
+        seed=options.seed,
+        max_positions=engine.facts.max_positions,
+        layers=options.layers,
+        noise=engine.perturbs,
+        knobs=engine.knobs,
+        routed="expert_ids" in engine.taps,
+    )
 
 
 def builtin_prompts(engine: Engine, names: Iterable[str] = tuple(LENGTHS)) -> list[Prompt]:

@@ -26,7 +26,7 @@ from driftprobe.judgement import (
 )
 from driftprobe.local import LOCAL_LIMIT
 from driftprobe.matched import MIN_Z
-from driftprobe.taps import CANDIDATE, REFERENCE, execution_order, place
+from driftprobe.taps import CACHE_TAPS, CANDIDATE, REFERENCE, execution_order, place
 from driftprobe.trace import EngineFacts
 
 MODERATE = 4 * LIMIT
@@ -167,8 +167,11 @@ def in_words(failure: Failure) -> str:
     where = f"{place(failure.layer, failure.tensor)}, prompt {failure.prompt}, {at}{rung}"
     lead = f"{failure.phase} differs from {reference} at {where}: drift {failure.drift:.2e}, "
     if failure.local is not None:
+        same = "the op's inputs are bit for bit equal"
+        if failure.tensor in CACHE_TAPS:
+            same = "longer prefills store these rows bit for bit equal"
         return (
-            f"{lead}under the floor of {failure.floor:.2e}, but the op's inputs are bit for bit equal and its own "
+            f"{lead}under the floor of {failure.floor:.2e}, but {same} and its own "
             f"rounding is exceeded ×{failure.local:.3g} (limit {LOCAL_LIMIT:g})"
         )
     if failure.match is not None:

@@ -72,7 +72,8 @@ def _diagnose_trace(item: TraceJudgement, trace: Trace | None, payloads: Payload
         told = blame(Scene(trace, item, first, payloads))
     if first.diagnosis is None:
         found = None if trace is None else explain(Scene(trace, item, first, payloads))
-        first = replace(first, diagnosis=found or _by_hashes(first, item) or _matched(first))
+        found = found or _by_hashes(first, item) or _by_controls(first, item) or _matched(first)
+        first = replace(first, diagnosis=found)
     words = root_cause(first, item)
     if told is not None:
         words = f"{words}; {_blame_in_words(told, first)}"
@@ -89,6 +90,15 @@ def _blame_in_words(told: Blame, failure: Failure) -> str:
         f"{wrong} is the wrong side: {right}'s {failure.tensor} agrees with a replay from its input ({near:.1e}), "
         f"{wrong}'s does not ({far:.1e})"
     )
+
+
+def _by_controls(failure: Failure, item: TraceJudgement) -> Diagnosis | None:
+    """Return that prefill changes with the length of its calls, where one of another length fails here too."""
+    if failure.of_control:
+        return None
+    where = (failure.step, failure.layer, failure.tensor)
+    same = [f for f in item.failures if f.of_control and (f.step, f.layer, f.tensor) == where and f.arm[:1] in "EP"]
+    return Diagnosis("prefill_length", {}, failure.layer, failure.tensor, failure.drift, 0.0) if same else None
 
 
 def _matched(failure: Failure) -> Diagnosis | None:

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from driftprobe.compare import SCORES, Pair, PayloadSource, without_shift
 from driftprobe.fingerprint import UNIT_ROUNDOFF, Float64, to_float64
+from driftprobe.floor import is_extension
 from driftprobe.taps import BY_NAME, CACHE_TAPS
 from driftprobe.trace import CONSTANTS, EngineFacts, Record, Trace
 
@@ -50,6 +52,17 @@ class Bench:
     pairs: dict[Place, Pair]
     payloads: PayloadSource
     constants: dict[tuple[int | None, str], Record] = field(default_factory=dict)
+    trace: Trace | None = None
+
+    @cached_property
+    def steady(self) -> frozenset[Place]:
+        """The cache taps whose rows every longer prefill stores bit for bit as prefill does: length does not matter."""
+        return frozenset() if self.trace is None else _steady(self.trace)
+
+    @property
+    def prefilled(self) -> int:
+        """How many rows a prefill has written; those behind them are decode's own."""
+        return 0 if self.trace is None else self.trace.header.prompt_len
 
     def reference(self, step: int, layer: int | None, tensor: str) -> Float64 | None:
         """Return prefill's tensor as float64, or None."""
@@ -88,7 +101,32 @@ def bench(trace: Trace, pairs: Iterable[Pair], payloads: PayloadSource) -> Bench
         {(p.reference.step, p.reference.layer, p.reference.tensor): p for p in pairs},
         payloads,
         {(r.layer, r.tensor): r for r in trace.records if r.arm == CONSTANTS},
+        trace,
     )
+
+
+def _steady(trace: Trace) -> frozenset[Place]:
+    mine: dict[Place, dict[int, str]] = {}
+    others: dict[Place, list[dict[int, str]]] = {}
+    for record in trace.records:
+        if record.rows:
+            place, rows = (record.step, record.layer, record.tensor), _by_position(record)
+            if record.arm == "P":
+                mine[place] = rows
+            elif is_extension(record.arm):
+                others.setdefault(place, []).append(rows)
+    return frozenset(
+        place for place, found in others.items() if all(_alike(mine.get(place, {}), rows) for rows in found)
+    )
+
+
+def _by_position(record: Record) -> dict[int, str]:
+    return {record.row_start + i: row for i, row in enumerate(record.rows or ())}
+
+
+def _alike(rows: dict[int, str], longer: dict[int, str]) -> bool:
+    shared = rows.keys() & longer.keys()
+    return bool(shared) and all(rows[at] == longer[at] for at in shared)
 
 
 def own_rounding(pair: Pair, on: Bench) -> Local | None:
@@ -99,6 +137,8 @@ def own_rounding(pair: Pair, on: Bench) -> Local | None:
     """
     record = pair.reference
     place = (record.step, record.layer, record.tensor)
+    if record.tensor in CACHE_TAPS:
+        return _stored_rows(pair, place, on)
     spread = _SPREADS.get(record.tensor)
     inputs = () if spread is None else sources(place, on.pairs)
     if spread is None or not inputs or pair.drift.equal or not coarse(on.facts):
@@ -121,9 +161,41 @@ def _measured(
         return None
     unit = u * size.products[seen] + size.sums * _rms(p[seen])
     gaps = np.abs(d - p, where=seen, out=np.zeros_like(p))[seen]
-    # One rounding on either side is no news: only what is beyond it counts, so equal elements weigh nothing.
-    worst = np.divide(gaps, unit, out=np.zeros_like(gaps), where=gaps > 0)
-    return Local(float(np.sqrt(np.square(worst).mean())), tuple(source[2] for source in inputs))
+    return Local(_in_units(gaps, unit), tuple(source[2] for source in inputs))
+
+
+def _stored_rows(pair: Pair, place: Place, on: Bench) -> Local | None:
+    """Return the local test of cache rows that a prefill wrote: storing one is a rounding, or a copy.
+
+    It is made where every longer prefill stores the same bits, so that D's own prefill, which is one token shorter, has
+    no reason to differ; not for a cache that is declared coarser, which may round on a grid of its own.
+    """
+    coarser = [name for name in on.facts.casts if name not in BY_NAME or name in CACHE_TAPS]
+    if pair.drift.equal or not coarse(on.facts) or place not in on.steady or coarser:
+        return None
+    first = pair.reference.row_start
+    p, d = on.reference(*place), on.candidate(*place)
+    if p is None or d is None or p.shape != d.shape or first != pair.candidate.row_start or on.prefilled <= first:
+        return None
+    p, d = p[: on.prefilled - first], d[: on.prefilled - first]
+    if not (np.isfinite(p) & np.isfinite(d)).all():
+        return None
+    unit = on.roundoff(place) * np.maximum(np.abs(p), _rms(p) * _NEXT_TO_NOTHING)
+    return Local(_in_units(np.abs(d - p), unit), _LONGER)
+
+
+_NEXT_TO_NOTHING = 2.0**-10
+"""Share of a tensor's size below which an element is taken for zero: rounding it says nothing."""
+_LONGER = ("the same rows of longer prefills",)
+
+
+def _in_units(gaps: Float64, unit: Float64) -> float:
+    """Return the root mean square of gaps in units of what rounding allows, or a quarter of the worst, if that is more.
+
+    Few elements that are far off (some tokens' logits, one head) are lost in the mean of many that are equal.
+    """
+    units = np.divide(gaps, unit, out=np.zeros_like(gaps), where=gaps > 0)
+    return max(float(np.sqrt(np.square(units).mean())), float(units.max(initial=0.0)) / 4) if units.size else 0.0
 
 
 def _rms(values: Float64) -> float:

@@ -13,7 +13,7 @@ out: a matched filter sees the op, not what came down to it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,29 +65,67 @@ def match_filters(pairs: Iterable[Pair], on: Bench) -> tuple[Match, ...]:
     """Return what the filters find in one arm's pairs with prefill, first place first; nothing in a fine dtype."""
     if not coarse(on.facts):
         return ()
-    found: dict[str, list[_Projection]] = defaultdict(list)
+    found: dict[str, dict[_Variant, list[_Projection]]] = defaultdict(lambda: defaultdict(list))
     for pair in pairs:
         record = pair.reference
         place = (record.step, record.layer, record.tensor)
-        if record.tensor in _CAUSES and not pair.drift.equal:
-            item = _project(place, on)
-            if item is not None:
-                found[record.tensor].append(item)
-    matches = (_pooled(tensor, items, on) for tensor, items in found.items())
+        if record.tensor in _NAMES and not pair.drift.equal:
+            for variant, item in _projections(place, on):
+                found[record.tensor][variant].append(item)
+    matches = (_best(tensor, variants, on) for tensor, variants in found.items())
     return tuple(match for match in matches if match is not None)
 
 
-def _project(place: Place, on: Bench) -> _Projection | None:
+_Variant = int | str
+"""Which direction of a tap: `all` of it along itself, one head of it, or the turn of a rotation."""
+
+
+def _best(tensor: str, variants: dict[_Variant, list[_Projection]], on: Bench) -> Match | None:
+    """Return the clearest of a tap's matches: one head that moves is clearer than all heads taken together."""
+    found = (_pooled(tensor, variant, items, on) for variant, items in variants.items())
+    return max((match for match in found if match is not None), key=lambda match: abs(match.z), default=None)
+
+
+def _projections(place: Place, on: Bench) -> Iterator[tuple[_Variant, _Projection]]:
     p, gap = on.reference(*place), _difference(place, on)
     if p is None or gap is None or gap.shape != p.shape:
-        return None
-    seen = np.isfinite(p) & np.isfinite(gap) & (p != 0)
-    direction, gap = p[seen], gap[seen]
-    # Rounding errors are as large as their elements: dividing by the square weighs all alike.
-    variance = np.square(direction)
-    if not direction.size:
-        return None
-    return _Projection(place, gap * direction / variance, float((np.square(direction) / variance).sum()))
+        return
+    if place[2] in _TURNED:
+        for pairing, direction, size in _turns(place, p, on):
+            yield from _projected(pairing, place, gap, direction, size)
+        return
+    yield from _projected("all", place, gap, p, p)
+    if place[2] in CACHE_TAPS and p.shape[1] > 1:
+        for head in range(p.shape[1]):
+            yield from _projected(head, place, gap[:, head], p[:, head], p[:, head])
+
+
+def _projected(
+    variant: _Variant, place: Place, gap: Float64, direction: Float64, size: Float64
+) -> Iterator[tuple[_Variant, _Projection]]:
+    """Project a difference on a direction, each element weighed by its rounding error, which is as large as `size`."""
+    seen = np.isfinite(direction) & np.isfinite(gap) & (size != 0)
+    if seen.any():
+        direction, gap, variance = direction[seen], gap[seen], np.square(size[seen])
+        yield variant, _Projection(place, gap * direction / variance, float((np.square(direction) / variance).sum()))
+
+
+def _turns(place: Place, p: Float64, on: Bench) -> Iterator[tuple[str, Float64, Float64]]:
+    """Yield how a rotated tensor moves as its position is stretched, for both pairings, and how large it is."""
+    frequencies = on.constant(place[1], "rope.inv_freq")
+    position = on.pairs[place].reference.logical_tok_idx
+    if frequencies is None or not position or 2 * frequencies.size > p.shape[-1]:
+        return
+    count, angle = frequencies.size, frequencies.reshape(-1) * position
+    rotated = p[..., : 2 * count]
+    halves, neighbours = (slice(0, count), slice(count, None)), (slice(0, None, 2), slice(1, None, 2))
+    for pairing, (first, second) in (("halves", halves), ("neighbours", neighbours)):
+        a, b = rotated[..., first], rotated[..., second]
+        direction, size = np.zeros_like(p), np.zeros_like(p)
+        turned, sized = direction[..., : 2 * count], size[..., : 2 * count]
+        turned[..., first], turned[..., second] = -b * angle, a * angle
+        sized[..., first] = sized[..., second] = np.hypot(a, b)
+        yield pairing, direction, size
 
 
 def _difference(place: Place, on: Bench) -> Float64 | None:
@@ -99,9 +137,37 @@ def _difference(place: Place, on: Bench) -> Float64 | None:
         return d - p
     if all(on.pairs[source].drift.equal for source in sources(place, on.pairs)):
         return d - p
-    if place[2] != "attn_scores":
+    if place[2] in _NORMS:
+        return _norms_apart(place, p, d, on)
+    return _scores_apart(place, p, d, on) if place[2] == "attn_scores" else None
+
+
+def _norms_apart(place: Place, p: Float64, d: Float64, on: Bench) -> Float64 | None:
+    """Return the difference of a norm's results that the norm itself, computed from both inputs, does not explain."""
+    given = sources(place, on.pairs)
+    if len(given) != 1:
         return None
-    return _scores_apart(place, p, d, on)
+    mine, other = (_normed(side(*given[0]), place, on) for side in (on.reference, on.candidate))
+    if mine is None or other is None or mine.shape != p.shape:
+        return None
+    if float(np.sqrt(np.square(p - mine).mean())) > _FITS * float(np.sqrt(np.square(p).mean())):
+        return None
+    apart: Float64 = (d - p) - (other - mine)
+    return apart
+
+
+def _normed(x: Float64 | None, place: Place, on: Bench) -> Float64 | None:
+    _, layer, tensor = place
+    names = ("eps", "centred", "offset", "weight", "bias")
+    eps, centred, offset, weight, bias = (on.constant(layer, f"{tensor}.{name}") for name in names)
+    if x is None or eps is None or centred is None or weight is None or weight.shape[-1] != x.shape[-1]:
+        return None
+    if float(centred.reshape(-1)[0]):
+        x = x - x.mean(axis=-1, keepdims=True)
+    y = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + float(eps.reshape(-1)[0]))
+    y = y * (weight + (0.0 if offset is None else float(offset.reshape(-1)[0])))
+    result: Float64 = y if bias is None else y + bias
+    return result
 
 
 def _scores_apart(place: Place, p: Float64, d: Float64, on: Bench) -> Float64 | None:
@@ -134,7 +200,7 @@ def _plain_scores(side: _Side, step: int, layer: int | None, shape: tuple[int, .
     return scores if scores.shape == shape else None
 
 
-def _pooled(tensor: str, items: list[_Projection], on: Bench) -> Match | None:
+def _pooled(tensor: str, variant: _Variant, items: list[_Projection], on: Bench) -> Match | None:
     terms = np.concatenate([item.terms for item in items])
     spread = float(np.sqrt(np.square(terms).sum()))
     if spread == 0.0:
@@ -144,7 +210,9 @@ def _pooled(tensor: str, items: list[_Projection], on: Bench) -> Match | None:
     if abs(z) < MIN_Z or abs(share) < MIN_SHARE * on.roundoff(items[0].place):
         return None
     first = _first_of(items, share).place
-    cause, parameters = _CAUSES[tensor](share, first, on)
+    cause, parameters = _NAMES[tensor](share, first, on)
+    if isinstance(variant, int):
+        cause, parameters = "cache_head_scale", {"head": variant, "factor": 1.0 + share}
     return Match(
         tensor, first[0], first[1], cause, parameters, share, spread / weight, z, tuple(i.place for i in items)
     )
@@ -177,11 +245,14 @@ def _epsilon(share: float, place: Place, on: Bench) -> tuple[str, Parameters]:
     return "norm_epsilon", {"delta": size * ((1.0 + share) ** -2 - 1.0)}
 
 
-_CAUSES: dict[str, _Named] = {
+_NORMS = ("attn_norm", "ffn_norm", "q_norm", "k_norm", "final_norm")
+_TURNED = ("q_rope", "k_rope")
+_NAMES: dict[str, _Named] = {
     "attn_scores": _factor("score_scale"),
     "k_cache": _factor("cache_scale"),
     "v_cache": _factor("cache_scale"),
     "logits": _factor("logit_scale"),
-    **dict.fromkeys(("attn_norm", "ffn_norm", "q_norm", "k_norm", "final_norm"), _epsilon),
+    **dict.fromkeys(_TURNED, _factor("rope_scaling")),
+    **dict.fromkeys(_NORMS, _epsilon),
 }
-"""Tap -> the cause that scales it."""
+"""Tap -> the cause that moves it along its direction."""

@@ -149,11 +149,11 @@ def make_plan(
 
 
 def at_rung(plan: Plan, rung: str) -> Plan:
-    """Return a plan's second run at a rung of the precision ladder: the same arms, but for repetitions and knobs.
+    """Return a plan's second run at a rung of the precision ladder: the same arms, but for repetitions and threads.
 
-    Whether the engine repeats itself, and what its knobs do, was asked in the first run.
+    Whether the engine repeats itself, and what threads do to it, was asked in the first run.
     """
-    kept = tuple(arm for arm in plan.arms if not arm.name.endswith("'") and "@" not in arm.name)
+    kept = tuple(arm for arm in plan.arms if not arm.name.endswith("'") and not arm.threads)
     return replace(plan, rung=rung, arms=kept)
 
 
