@@ -169,7 +169,7 @@ def in_words(failure: Failure) -> str:
     if failure.local is not None:
         same = "the op's inputs are bit for bit equal"
         if failure.tensor in CACHE_TAPS:
-            same = "longer prefills store these rows bit for bit equal"
+            same = "nothing but ops on single tokens stands before these rows"
         return (
             f"{lead}under the floor of {failure.floor:.2e}, but {same} and its own "
             f"rounding is exceeded ×{failure.local:.3g} (limit {LOCAL_LIMIT:g})"

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 
 from driftprobe.compare import SCORES, Pair, PayloadSource, without_shift
 from driftprobe.fingerprint import UNIT_ROUNDOFF, Float64, to_float64
-from driftprobe.floor import is_extension
 from driftprobe.taps import BY_NAME, CACHE_TAPS
 from driftprobe.trace import CONSTANTS, EngineFacts, Record, Trace
 
@@ -53,11 +51,6 @@ class Bench:
     payloads: PayloadSource
     constants: dict[tuple[int | None, str], Record] = field(default_factory=dict)
     trace: Trace | None = None
-
-    @cached_property
-    def steady(self) -> frozenset[Place]:
-        """The cache taps whose rows every longer prefill stores bit for bit as prefill does: length does not matter."""
-        return frozenset() if self.trace is None else _steady(self.trace)
 
     @property
     def prefilled(self) -> int:
@@ -105,30 +98,6 @@ def bench(trace: Trace, pairs: Iterable[Pair], payloads: PayloadSource) -> Bench
     )
 
 
-def _steady(trace: Trace) -> frozenset[Place]:
-    mine: dict[Place, dict[int, str]] = {}
-    others: dict[Place, list[dict[int, str]]] = {}
-    for record in trace.records:
-        if record.rows:
-            place, rows = (record.step, record.layer, record.tensor), _by_position(record)
-            if record.arm == "P":
-                mine[place] = rows
-            elif is_extension(record.arm):
-                others.setdefault(place, []).append(rows)
-    return frozenset(
-        place for place, found in others.items() if all(_alike(mine.get(place, {}), rows) for rows in found)
-    )
-
-
-def _by_position(record: Record) -> dict[int, str]:
-    return {record.row_start + i: row for i, row in enumerate(record.rows or ())}
-
-
-def _alike(rows: dict[int, str], longer: dict[int, str]) -> bool:
-    shared = rows.keys() & longer.keys()
-    return bool(shared) and all(rows[at] == longer[at] for at in shared)
-
-
 def own_rounding(pair: Pair, on: Bench) -> Local | None:
     """Return the local test of a pair; None where it cannot be made.
 
@@ -139,6 +108,8 @@ def own_rounding(pair: Pair, on: Bench) -> Local | None:
     place = (record.step, record.layer, record.tensor)
     if record.tensor in CACHE_TAPS:
         return _stored_rows(pair, place, on)
+    if record.tensor in {"k_rope", "v_proj"} and coarser_cache(on.facts):
+        return None  # a latent comes back from the cache before it is taken apart
     spread = _SPREADS.get(record.tensor)
     inputs = () if spread is None else sources(place, on.pairs)
     if spread is None or not inputs or pair.drift.equal or not coarse(on.facts):
@@ -165,13 +136,13 @@ def _measured(
 
 
 def _stored_rows(pair: Pair, place: Place, on: Bench) -> Local | None:
-    """Return the local test of cache rows that a prefill wrote: storing one is a rounding, or a copy.
+    """Return the local test of the first layer's cache rows that a prefill wrote.
 
-    It is made where every longer prefill stores the same bits, so that D's own prefill, which is one token shorter, has
-    no reason to differ; not for a cache that is declared coarser, which may round on a grid of its own.
+    Nothing but ops on single tokens stands before them, so a prefill of another length, or in chunks, has no reason to
+    store others: they may differ by the rounding of a projection and a rotation. Not made for a cache that is declared
+    coarser, which may round on a grid of its own.
     """
-    coarser = [name for name in on.facts.casts if name not in BY_NAME or name in CACHE_TAPS]
-    if pair.drift.equal or not coarse(on.facts) or place not in on.steady or coarser:
+    if place[1] != 0 or pair.drift.equal or not coarse(on.facts) or not on.facts.accumulate or coarser_cache(on.facts):
         return None
     first = pair.reference.row_start
     p, d = on.reference(*place), on.candidate(*place)
@@ -180,13 +151,23 @@ def _stored_rows(pair: Pair, place: Place, on: Bench) -> Local | None:
     p, d = p[: on.prefilled - first], d[: on.prefilled - first]
     if not (np.isfinite(p) & np.isfinite(d)).all():
         return None
-    unit = on.roundoff(place) * np.maximum(np.abs(p), _rms(p) * _NEXT_TO_NOTHING)
-    return Local(_in_units(np.abs(d - p), unit), _LONGER)
+    size = (
+        _rotation(place, p, on)
+        if (place[0], 0, "k_rope") in on.pairs and place[2] == "k_cache"
+        else _stored(place, p, on)
+    )
+    unit = on.roundoff(place) * size.products + _row_sums(on.facts) * _rms(p)
+    return Local(_in_units(np.abs(d - p), unit), ("the tokens",))
 
 
-_NEXT_TO_NOTHING = 2.0**-10
-"""Share of a tensor's size below which an element is taken for zero: rounding it says nothing."""
-_LONGER = ("the same rows of longer prefills",)
+def coarser_cache(facts: EngineFacts) -> bool:
+    """Whether the cache is declared to keep its rows more coarsely than the model computes."""
+    return any(name not in BY_NAME or name in CACHE_TAPS for name in facts.casts)
+
+
+def _row_sums(facts: EngineFacts) -> float:
+    """Return the accumulation error of a projection whose width the rows do not tell: a wide one's, of 2¹⁴ terms."""
+    return SUM_ERRORS * _sum_roundoff(facts) * 2.0**7
 
 
 def _in_units(gaps: Float64, unit: Float64) -> float:

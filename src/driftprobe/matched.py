@@ -21,14 +21,16 @@ import numpy as np
 from driftprobe.causes import Parameters
 from driftprobe.compare import Pair
 from driftprobe.fingerprint import Float64
-from driftprobe.local import Bench, Place, coarse, sources
+from driftprobe.local import Bench, Place, coarse, coarser_cache, sources
 from driftprobe.taps import CACHE_TAPS
 
-MIN_Z = 5.5
-"""Standard errors from which a projection is no accident: 4e-8 two-sided; a run makes some ten projections."""
-MIN_SHARE = 1 / 16
-"""Smallest relative change, in unit roundoffs of the stored dtype, that is called a fault: a constant that was rounded
-to a wider format than the tensors' changes less."""
+MIN_Z = 6.0
+"""Standard errors from which a projection is no accident: 2e-9 two-sided; a run makes some ten projections."""
+ROUNDINGS = 0.82
+"""Standard deviation of the difference of two roundings, each uniform within a unit roundoff: √(2/3)."""
+MIN_SHARE = 1 / 4
+"""Smallest relative change, in unit roundoffs of the stored dtype, that is a fault. Kernels that round a scale or a
+soft-cap in another order lean one way by less: 0.21 is the most that was seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,12 @@ _Variant = int | str
 def _best(tensor: str, variants: dict[_Variant, list[_Projection]], on: Bench) -> Match | None:
     """Return the clearest of a tap's matches: one head that moves is clearer than all heads taken together."""
     found = (_pooled(tensor, variant, items, on) for variant, items in variants.items())
-    return max((match for match in found if match is not None), key=lambda match: abs(match.z), default=None)
+    return max((match for match in found if match is not None), key=_clearness, default=None)
+
+
+def _clearness(match: Match) -> float:
+    """Return how clear a match is; one head that moves alone is as clear as all together, and says more."""
+    return abs(match.z) * (1.001 if "head" in match.parameters else 1.0)
 
 
 def _projections(place: Place, on: Bench) -> Iterator[tuple[_Variant, _Projection]]:
@@ -91,6 +98,8 @@ def _projections(place: Place, on: Bench) -> Iterator[tuple[_Variant, _Projectio
     if p is None or gap is None or gap.shape != p.shape:
         return
     if place[2] in _TURNED:
+        if coarser_cache(on.facts):  # a latent comes back from the cache before it is rotated
+            return
         for pairing, direction, size in _turns(place, p, on):
             yield from _projected(pairing, place, gap, direction, size)
         return
@@ -207,6 +216,8 @@ def _pooled(tensor: str, variant: _Variant, items: list[_Projection], on: Bench)
         return None
     total, weight = float(terms.sum()), sum(item.weight for item in items)
     z, share = total / spread, total / weight
+    if tensor in _TURNED:  # few pairs turn: in units of the roundings of both sides, which no pair's can exceed
+        z = max(z, total / (ROUNDINGS * on.roundoff(items[0].place) * weight**0.5), key=abs)
     if abs(z) < MIN_Z or abs(share) < MIN_SHARE * on.roundoff(items[0].place):
         return None
     first = _first_of(items, share).place
