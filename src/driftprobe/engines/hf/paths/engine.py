@@ -21,7 +21,7 @@ from driftprobe.engines.hf.engine import HFEngine, _accumulates, _casts
 from driftprobe.engines.hf.host import to_array
 from driftprobe.engines.hf.lifting import RUNG, Narrowings, lifted
 from driftprobe.engines.hf.noise import rounding_noise
-from driftprobe.engines.hf.paths.axes import Layout, find_layout
+from driftprobe.engines.hf.paths.axes import Layout, find_layout, follows_keys
 from driftprobe.engines.hf.paths.calls import Locate
 from driftprobe.engines.hf.paths.listen import Key, Listener, Scouted
 from driftprobe.engines.hf.paths.names import Place, name_points
@@ -274,13 +274,16 @@ class PathEngine:
         out: dict[str, dict[str, int]] = {}
         for key in keys:
             calls = len(left.fired.get(key, ())) + len(right.fired.get(key, ()))
-            layout = find_layout(size for run in runs for size in run.sizes.get(key, []))
+            sizes = [size for run in runs for size in run.sizes.get(key, [])]
+            layout = find_layout(sizes)
             if any(key in run.shapeless for run in runs):
                 reason = "no tensor"
             elif any(key in run.shuffled for run in runs):
                 reason = "rows in another order"
             elif layout is None:
                 reason = "no token axis"
+            elif follows_keys(layout, sizes):
+                reason = "an axis of keys"
             elif key not in left.fired or key not in right.fired:
                 reason = f"only in the {'candidate' if key not in left.fired else 'reference'}"
             else:
