@@ -231,7 +231,8 @@ def _expert_dropped(names: Names, _text: Text, _pair: str, _strength: float) -> 
 
 
 _STEPPED = ("chunked", "cache_off", "generate", "second_prompt")
-_ATTENTION = ("llama", "gpt2", "gemma2", "qwen3_moe", "gpt_neox", "mixtral", "phi3")
+_POSITIONS = ("llama", "gpt2", "gemma2", "qwen3_moe", "gpt_neox", "mixtral", "phi3")
+_ROWS = (*_POSITIONS, "bloom")
 
 PATH_FAULTS: dict[str, PathFault] = {
     fault.name: fault
@@ -243,14 +244,14 @@ PATH_FAULTS: dict[str, PathFault] = {
         PathFault("prefill_epsilon", "a norm's epsilon in the large calls", tuple(PAIRS), _epsilon, of_steps=False,
                   strengths=(1e-1, 1e-2)),
         PathFault("pad_positions", "positions count the padding", ("padded_left",), _pad_positions, is_path=True,
-                  architectures=_ATTENTION),
+                  architectures=_POSITIONS),
         PathFault("pad_seen", "padding is not masked", ("padded_left",), _pad_seen, is_path=True),
         PathFault("chunk_position", "positions one too high from the second chunk on", ("chunked",), _chunk_position,
-                  is_path=True, architectures=_ATTENTION),
+                  is_path=True, architectures=_POSITIONS),
         PathFault("crop_one_less", "a used cache keeps one row too many", ("second_prompt",), _crop, is_path=True,
-                  sides=(CANDIDATE,), architectures=_ATTENTION),
+                  sides=(CANDIDATE,), architectures=_POSITIONS),
         PathFault("row_lost", "a key row is zero behind the first chunk", ("chunked",), _row_lost, is_path=True,
-                  architectures=_ATTENTION),
+                  architectures=_ROWS),
         PathFault("state_lost", "the recurrent state is lost behind the prefill", ("cache_off",), _state_lost,
                   is_path=True, architectures=("mamba2",)),
         PathFault("expert_dropped", "one expert is left out in calls of one token", ("chunked", "cache_off"),

@@ -17,8 +17,8 @@ import torch
 from driftprobe.errors import UsageError
 
 Path = Callable[[Any], None]
-ARCHITECTURES = ("llama", "gpt2", "gemma2", "qwen3_moe", "gpt_neox", "mixtral", "phi3", "mamba2")
-"""Four that are tuned on, four held out."""
+ARCHITECTURES = ("llama", "gpt2", "gemma2", "qwen3_moe", "bloom", "gpt_neox", "mixtral", "phi3", "mamba2")
+"""Five that are tuned on, four held out."""
 PADS = 2
 PADDED_ROW = 1
 """The row of a padded batch that holds the text."""
