@@ -290,7 +290,8 @@ class PathEngine:
                 found[key] = layout
                 continue
             out.setdefault(reason, {})[place(*self._naming.place(*key))] = calls
-        for key in [key for key in found if _routed(key[0], self._naming.stack, found, runs)]:
+        routed = [key for key in found if _routed(key[0], self._naming.stack, found, runs) or _varies(key, found, runs)]
+        for key in routed:
             calls = len(left.fired[key]) + len(right.fired[key])
             out.setdefault("routed tokens", {})[place(*self._naming.place(*key))] = calls
             del found[key]
@@ -326,6 +327,21 @@ def _routed(module: str, stack: str, found: dict[Key, Layout], runs: list[Scoute
                 return True
         siblings = {key for run in runs for key in run.fired if _member_of(key[0], owner)}
         if any(key not in found for key in siblings):
+            return True
+    return False
+
+
+def _varies(key: Key, found: dict[Key, Layout], runs: list[Scouted]) -> bool:
+    """Whether a module fires more often in some calls than in others, or not always on whole calls: once an expert.
+
+    Its second firing is the second expert that a call happens to need, even where all tokens go there.
+    """
+    module, side, _ = key
+    for run in runs:
+        firings = {other: calls for other, calls in run.fired.items() if other[:2] == (module, side)}
+        if len(firings) > 1 and len({frozenset(calls) for calls in firings.values()}) > 1:
+            return True
+        if any(other not in found for other in firings):
             return True
     return False
 
