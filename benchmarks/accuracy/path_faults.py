@@ -173,8 +173,6 @@ def _pad_positions(names: Names, text: Text, _pair: str, _strength: float) -> tu
 
 def _pad_seen(names: Names, text: Text, _pair: str, _strength: float) -> tuple[Path, Expected]:
     layer = names.layers[0]
-    if layer.attention is None:
-        return padded(text, "left", masked=False), names.expected(names.ending_in(0, "norm", within="mixer"))
     return padded(text, "left", masked=False), names.expected(names.of(layer.out_proj), "input")
 
 
@@ -245,7 +243,8 @@ PATH_FAULTS: dict[str, PathFault] = {
                   strengths=(1e-1, 1e-2)),
         PathFault("pad_positions", "positions count the padding", ("padded_left",), _pad_positions, is_path=True,
                   architectures=_POSITIONS),
-        PathFault("pad_seen", "padding is not masked", ("padded_left",), _pad_seen, is_path=True),
+        PathFault("pad_seen", "padding is not masked", ("padded_left",), _pad_seen, is_path=True,
+                  architectures=_POSITIONS),
         PathFault("chunk_position", "positions one too high from the second chunk on", ("chunked",), _chunk_position,
                   is_path=True, architectures=_POSITIONS),
         PathFault("crop_one_less", "a used cache keeps one row too many", ("second_prompt",), _crop, is_path=True,
@@ -258,4 +257,5 @@ PATH_FAULTS: dict[str, PathFault] = {
                   _expert_dropped, architectures=("mixtral", "qwen3_moe")),
     )
 }  # fmt: skip
-"""By name. `pad_positions` leaves the results of rotary models as they are: only what depends on positions differs."""
+"""By name. `pad_positions` leaves the results of rotary models as they are: only what depends on positions differs.
+`pad_seen` needs position ids: without them and without a mask, padding is text, and the two sides ran other texts."""

@@ -134,6 +134,16 @@ def padded(text: Text, side: str, *, positions: str = "tokens", masked: bool = T
     return run
 
 
+def _crop(cache: Any, kept: int) -> None:
+    try:
+        try:
+            cache.crop(kept)
+        except ValueError:  # newer versions are told how many rows go
+            cache.crop(kept - cache.get_seq_length())
+    except RuntimeError as error:  # sliding-window layers drop rows that a crop would need
+        raise cannot(str(error)[:200]) from error
+
+
 def second_prompt(text: Text, extra: int = 0) -> Path:
     """Another prompt first; of its rows those that both share stay, and `extra` more; then ours on the same cache."""
 
@@ -141,11 +151,7 @@ def second_prompt(text: Text, extra: int = 0) -> Path:
         cache = call(model, (*text.tokens[: text.shared], *BEFORE), 0, None)
         if not hasattr(cache, "crop") or "cache_params" in inspect.signature(model.forward).parameters:
             raise cannot("this model's cache cannot be cropped")
-        kept = text.shared + extra
-        try:
-            cache.crop(kept)
-        except ValueError:  # newer versions are told how many rows go
-            cache.crop(kept - cache.get_seq_length())
+        _crop(cache, text.shared + extra)
         for start, stop in pairwise((text.shared, *text.cuts()[2:])):
             call(model, text.tokens[start:stop], start, cache)
 
