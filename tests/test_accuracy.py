@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from benchmarks.accuracy import cases, models, report, run, score, store, truth
 from benchmarks.accuracy.benign import BENIGN
 from benchmarks.accuracy.cases import Case
 from benchmarks.accuracy.measure import measure, plan_of
-from benchmarks.accuracy.outcome import OK, Answer, Outcome, RuleAnswer, Wanted
+from benchmarks.accuracy.outcome import CANNOT_ACT, OK, Answer, Outcome, RuleAnswer, Wanted
+from benchmarks.accuracy.path_faults import PATH_FAULTS
+from benchmarks.accuracy.paths import ARCHITECTURES, PAIRS
 from benchmarks.accuracy.rules import RULES, Tapped, ask
 from benchmarks.accuracy.score import BLACK_BOX, LADDER, Scored
 from driftprobe.capture import choose_tokens
@@ -110,7 +113,7 @@ def test_cases_are_the_same_in_every_run_and_unique() -> None:
 def test_every_fault_and_variation_is_measured_in_every_architecture_and_dtype() -> None:
     from driftprobe.faults import FAULTS
 
-    everything = cases.full()
+    everything = [case for case in cases.full() if not case.path]
     where = {(case.kind, case.name, case.architecture, case.dtype) for case in everything}
     for architecture in models.architectures():
         for dtype in models.DTYPES:
@@ -126,6 +129,69 @@ def test_what_is_tuned_on_and_what_is_held_out_never_meet() -> None:
     for case in cases.full():
         known = case.architecture in models.TUNED and case.seed in models.TUNED_SEEDS
         assert case.held_out is not known
+
+
+def test_every_pair_and_every_fault_of_a_path_is_measured_on_both_sides() -> None:
+    everything = [case for case in cases.full() if case.path]
+    clean = {(case.path, case.architecture, case.dtype) for case in everything if case.kind == "benign"}
+    assert len(clean) == len(PAIRS) * len(ARCHITECTURES) * len(models.DTYPES)
+    for fault in PATH_FAULTS.values():
+        met = [case for case in everything if case.name == fault.name]
+        assert {case.side for case in met} == set(fault.sides), fault.name
+        assert {case.path for case in met} <= set(fault.pairs)
+        assert {case.strength for case in met} == (set(fault.strengths) if len(fault.strengths) > 1 else {None})
+    assert {"reference", "candidate"} <= {case.side for case in everything if case.name == "prefill_weights"}
+    kinds = [case.kind for case in cases.quick() if case.path]
+    assert (kinds.count("fault"), kinds.count("benign")) == (10, 5)
+
+
+PATH = Case("fault", "prefill_epsilon", "llama", "float32", "eager", 15, 3, 0, 1e-1, "chunked", "reference")
+
+
+@pytest.mark.parametrize(("name", "path", "side", "tap"), [
+    ("prefill_epsilon", "chunked", "reference", (1, "attn_norm")),
+    ("one_token_projection", "chunked", "candidate", (1, "attn_out")),
+    ("pad_positions", "padded_left", "reference", (None, "model.rotary_emb")),
+    ("chunk_position", "chunked", "reference", (None, "model.rotary_emb")),
+    ("crop_one_less", "second_prompt", "candidate", (None, "model.rotary_emb")),
+    ("row_lost", "chunked", "candidate", (1, "attn_ctx")),
+])  # fmt: skip
+def test_a_fault_on_a_path_is_found_where_it_is(name: str, path: str, side: str, tap: tuple[int | None, str]) -> None:
+    found = measure(replace(PATH, name=name, path=path, side=side, strength=None))
+    assert found.status == OK, found.detail
+    assert found.wanted is not None and (found.wanted.layer, found.wanted.tensor) == tap
+    for answer in (found.black_box, found.ladder):
+        assert answer is not None and answer.tap_exact, answer
+        assert answer.cause_exact is (name == "prefill_epsilon")
+    assert found.change is not None and found.change > 1e-3
+    assert found.floors is not None and found.floors > 1
+    assert found.rules["hash equality"] is not None and found.rules["hash equality"].detected
+
+
+def test_a_fault_on_a_path_is_told_from_the_path_without_it() -> None:
+    """What the pair itself changes (rounding in chunks) is not the fault's."""
+    clean = measure(replace(PATH, kind="benign", name="none", strength=None, side=""))
+    assert clean.ladder is not None and clean.black_box is not None
+    assert not clean.ladder.detected and not clean.black_box.detected
+    weak, strong = (measure(replace(PATH, name="one_token_projection", strength=s)).change or 0 for s in (1e-3, 1e-1))
+    assert 0 < 30 * weak < strong
+
+
+def test_a_path_that_a_model_does_not_have_says_so() -> None:
+    found = measure(Case("benign", "none", "mamba2", "float32", "eager", 15, 3, 0, None, "second_prompt"))
+    assert found.status == CANNOT_ACT and "cropped" in found.detail
+
+
+def test_a_diagnosis_is_asked_for_where_a_cause_is_declared() -> None:
+    wanted = Wanted("MISMATCH", 1, "attn_out", family="paths")
+    ours = Answer("MISMATCH", "", 1, "attn_out", detected=True, tap_exact=True)
+    item = Scored(PATH, Outcome(PATH.id, OK, wanted=wanted, black_box=ours, change=1.0, roundoff=1e-7))
+    assert (score.row(BLACK_BOX, [item]).detection.of, score.row(BLACK_BOX, [item]).diagnosis.of) == (1, 0)
+    assert score.misses([item]) == []
+    assert item.family == "paths"
+    declared = replace(item, outcome=replace(item.outcome, wanted=replace(wanted, cause="norm_epsilon")))
+    assert score.row(BLACK_BOX, [declared]).diagnosis.of == 1
+    assert [kind for kind, _, _ in score.misses([declared])] == ["no or another diagnosis"]
 
 
 def outcome(case: Case, **said: object) -> Outcome:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from driftprobe.engines.hf.paths.axes import Layout, RowOrders, Size, find_layout, token_rows  # noqa: E402
+from driftprobe.engines.hf.paths.axes import Layout, RowOrders, Size, find_layout, follows_keys, token_rows  # noqa: E402
 from driftprobe.engines.hf.paths.calls import Call, Placer  # noqa: E402
+from driftprobe.engines.hf.paths.engine import _varies  # noqa: E402
 
 TEXT = [5, 7, 7, 9, 2, 7]
 
@@ -40,6 +43,35 @@ def test_a_position_id_is_believed_before_a_cache_and_neither_against_the_tokens
     assert placed.positions == ((0, 3), (1, 4)) and placed.moved == 0
     moved = placer.place(call(TEXT[5:], past=9))
     assert moved.positions == ((0, 5),) and moved.moved == 1
+
+
+def test_a_reference_that_names_its_positions_one_too_high_has_no_hole_in_its_text() -> None:
+    """Its cache holds all that was fed, so nothing stands in between; without that witness the named ones are taken."""
+    placer = Placer()
+    placer.place(call(TEXT[:3], past=0))
+    placed = placer.place(call(TEXT[3:], past=3, positions_BT=[[4, 5, 6]]))
+    assert [p for _, p in placed.positions] == [3, 4, 5]
+    assert placer.sequence_of_last_call == TEXT
+    unseen = Placer().place(call(TEXT[3:], past=3, positions_BT=[[3, 4, 5]]))
+    assert [p for _, p in unseen.positions] == [3, 4, 5]
+
+
+def test_a_row_of_attention_weights_is_as_long_as_the_text_that_its_call_sees() -> None:
+    weights = [Size((1, 4, 9, 9), 1, 9), Size((1, 4, 1, 10), 1, 1), Size((1, 4, 1, 11), 1, 1)]
+    assert follows_keys(Layout(2), weights)
+    assert not follows_keys(Layout(1), [Size((1, 9, 8), 1, 9), Size((1, 1, 8), 1, 1)])
+    assert not follows_keys(Layout(2), [Size((1, 4, 9, 16), 1, 9), Size((1, 4, 1, 16), 1, 1)])
+
+
+def test_a_module_that_fires_once_an_expert_sees_routed_tokens_even_where_all_go_to_one() -> None:
+    """One call needs three experts, the others two: the second firing is another expert's, whatever its size."""
+    first, second, third = [("experts.act", "output", time) for time in range(3)]
+    more = SimpleNamespace(fired={first: [0, 1], second: [0, 1], third: [0]})
+    always = SimpleNamespace(fired={first: [0, 1], second: [0, 1]})
+    rows = Layout(0)
+    assert _varies(second, {second: rows}, [more])
+    assert _varies(second, {second: rows}, [always]), "the first firing has no axis of tokens"
+    assert not _varies(second, {first: rows, second: rows}, [always])
 
 
 def test_a_row_counts_only_if_all_before_it_is_the_references() -> None:

@@ -90,7 +90,7 @@ CLEAN = {
     ("llama", "float32", "chunked"), ("llama", "bfloat16", "generate"), ("llama", "float32", "left"),
     ("llama", "bfloat16", "left"), ("llama", "float32", "second"), ("gpt2", "float32", "right"),
     ("gpt2", "bfloat16", "second"), ("gpt2", "float32", "generate"), ("gemma2", "float32", "chunked"),
-    ("mixtral", "float32", "chunked"), ("mixtral", "bfloat16", "left"),
+    ("mixtral", "float32", "chunked"), ("mixtral", "bfloat16", "left"), ("bloom", "float32", "chunked"),
 ])  # fmt: skip
 def test_equal_paths_pass(architecture: str, dtype: str, case: str) -> None:
     reference, candidate = CLEAN[case]

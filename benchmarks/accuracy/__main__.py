@@ -22,6 +22,7 @@ from benchmarks.accuracy.score import Scored  # noqa: E402
 
 @click.command(help=__doc__)
 @click.option("--quick", is_flag=True, help="A small fixed choice of cases.")
+@click.option("--sample", type=int, help="So many faults, and so many clean and benign cases, drawn from all.")
 @click.option("--only", multiple=True, help="Only cases whose id holds this text; may be given several times.")
 @click.option("--limit", type=int, help="At most so many cases of those chosen.")
 @click.option("--jobs", type=int, default=os.cpu_count() or 1, show_default=True, help="Processes.")
@@ -31,7 +32,7 @@ from benchmarks.accuracy.score import Scored  # noqa: E402
 @click.option("--report-only", is_flag=True, help="Measure nothing; write the files from what is there.")
 @click.option("--replay", metavar="ID", help="Run one case and print all of it.")
 def main(
-    quick: bool, only: tuple[str, ...], limit: int | None, jobs: int, results: Path, out: Path, report_only: bool,
+    quick: bool, sample: int | None, only: tuple[str, ...], limit: int | None, jobs: int, results: Path, out: Path, report_only: bool,
     replay: str | None,
 ) -> None:  # fmt: skip
     """Run the command."""
@@ -39,7 +40,8 @@ def main(
         _replay(replay)
         return
     everything = cases.quick() if quick else cases.full()
-    chosen = [case for case in everything if not only or any(text in case.id for text in only)][:limit]
+    among = everything if sample is None or quick else cases.sample(sample)
+    chosen = [case for case in among if not only or any(text in case.id for text in only)][:limit]
     console = Console(stderr=True)
     if report_only:
         done = store.read(results, store.digest())

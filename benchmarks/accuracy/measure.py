@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import models, truth
+from benchmarks.accuracy import models, path_measure, truth
 from benchmarks.accuracy.benign import BENIGN
 from benchmarks.accuracy.cases import BENIGN as BENIGN_KIND
 from benchmarks.accuracy.cases import FAULT, Case
@@ -32,7 +32,7 @@ from driftprobe.trace import Trace
 from driftprobe.verdict import judge
 
 HARMLESS = "no MISMATCH"
-_CANNOT = ("the fault cannot act here", "the variation cannot act here")
+_CANNOT = ("the fault cannot act here", "the variation cannot act here", "the path cannot run here")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def measure(case: Case) -> Outcome:
     started = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory(prefix="driftprobe-") as folder:
-            found = _measured(case, Path(folder))
+            found = (_measured_paths if case.path else _measured)(case, Path(folder))
     except UsageError as error:
         status = CANNOT_ACT if error.what in _CANNOT else ERROR
         found = Outcome(case.id, status, f"{error.what}: {error.measured}"[:300])
@@ -70,18 +70,50 @@ def _measured(case: Case, folder: Path) -> Outcome:
     rung = truth.captured(seen.traces[1], seen.payloads) if len(seen.traces) > 1 else {}
     floors = change = None
     if case.kind == FAULT:
-        floors, change = _strength(case, plan, seen, wanted, base, rung)
+        floors, change = _strength(_clean(case, plan, seen), seen, wanted, base, rung)
+    pairs = list(_tapped(base, rung))
     return Outcome(
         case=case.id,
         status=OK,
         wanted=wanted,
         black_box=_answer(seen.black_box, wanted),
         ladder=None if seen.ladder is None else _answer(seen.ladder, wanted),
-        rules={rule.name: _rule_answer(rule, base, rung) for rule in RULES},
+        rules={rule.name: _rule_answer(rule, pairs) for rule in RULES},
         floors=floors,
         change=change,
         roundoff=truth.roundoff(seen.traces[-1].header.engine),
     )
+
+
+def _measured_paths(case: Case, folder: Path) -> Outcome:
+    """Return what a run of probe_paths comes to, its trace judged again with the ladder and without."""
+    run = path_measure.prepare(case)
+    path_measure.capture(run, folder)
+    seen = _read(folder / "traces", run.expected)
+    wanted = Wanted(HARMLESS) if run.expected is None else _wanted_on_path(run.expected)
+    base, *rungs = [path_measure.captured(trace, seen.payloads) for trace in seen.traces]
+    rung = rungs[0] if rungs else {}
+    floors = change = None
+    if case.kind == FAULT:
+        clean = [path_measure.clean_rows(run, trace.header.rung) for trace in seen.traces]
+        floors, change = _strength(clean, seen, wanted, base, rung)
+    pairs = list(path_measure.tapped(seen.traces[0], base, rung))
+    return Outcome(
+        case=case.id,
+        status=OK,
+        wanted=wanted,
+        black_box=_answer(seen.black_box, wanted),
+        ladder=None if seen.ladder is None else _answer(seen.ladder, wanted),
+        rules={rule.name: _rule_answer(rule, pairs) for rule in RULES},
+        floors=floors,
+        change=change,
+        roundoff=truth.roundoff(seen.traces[-1].header.engine),
+    )
+
+
+def _wanted_on_path(expected: Expected) -> Wanted:
+    return Wanted("MISMATCH", expected.layer, expected.tensor, cause=expected.cause,
+                  parameters=dict(expected.parameters), family="paths")  # fmt: skip
 
 
 def plan_of(case: Case, engine: Any) -> Plan:
@@ -189,10 +221,9 @@ def _only(judgement: Judgement) -> TraceJudgement:
 
 
 def _strength(
-    case: Case, plan: Plan, seen: Seen, wanted: Wanted, base: truth.Taps, rung: truth.Taps
+    clean: Sequence[truth.Taps], seen: Seen, wanted: Wanted, base: truth.Taps, rung: truth.Taps
 ) -> tuple[float | None, float]:
     """Return how many floors a fault is at its first tap, and the largest change it makes at the highest precision."""
-    clean = _clean(case, plan, seen)
     changed = truth.changes(clean[0], base)
     highest = truth.changes(clean[1], rung) if rung else changed
     judged = _only(seen.black_box)
@@ -211,8 +242,8 @@ def _clean(case: Case, plan: Plan, seen: Seen) -> list[truth.Taps]:
     return found
 
 
-def _rule_answer(rule: Any, base: truth.Taps, rung: truth.Taps) -> RuleAnswer | None:
-    found = ask(rule, _tapped(base, rung))
+def _rule_answer(rule: Any, pairs: Sequence[Tapped]) -> RuleAnswer | None:
+    found = ask(rule, pairs)
     return None if found is None else RuleAnswer(found.detected, found.layer, found.tensor)
 
 

@@ -58,8 +58,12 @@ def engine(architecture: str, dtype: str, kernel: str, seed: int) -> Any:
     from driftprobe.engines.hf import HFEngine, open_engine
 
     if architecture == BUILTIN:
-        return open_engine(model="builtin:tiny", dtype=dtype, attn=kernel)
-    return HFEngine(tiny.build(architecture, attn=kernel, dtype=dtype, seed=seed), label=architecture)
+        made: Any = open_engine(model="builtin:tiny", dtype=dtype, attn=kernel)
+    else:
+        made = HFEngine(tiny.build(architecture, attn=kernel, dtype=dtype, seed=seed), label=architecture)
+    # Cases run on one thread each; another number of threads is a variation of its own, not a control of every case.
+    made.knobs = tuple(knob for knob in made.knobs if knob != "threads")
+    return made
 
 
 def tokens(count: int, seed: int) -> tuple[int, ...]:

@@ -134,11 +134,15 @@ def _settings(scored: Sequence[Scored]) -> list[str]:
 
 def _benign(scored: Sequence[Scored]) -> list[str]:
     rows = []
-    for name, members in score.groups([s for s in scored if s.case.kind != FAULT], lambda s: s.case.name).items():
+    for name, members in score.groups([s for s in scored if s.case.kind != FAULT], _variation).items():
         counts = [score.row(rule, members).false_alarms for rule in score.asked()]
         title = "nothing at all" if name == "none" else name
         rows.append([title, str(max(count.of for count in counts)), *(f"{count.hits}" for count in counts)])
     return ["False alarms, by variation and rule.", "", *_table(["variation", "runs", *score.asked()], rows)]
+
+
+def _variation(item: Scored) -> str:
+    return f"paths: {item.case.path}" if item.case.path else item.case.name
 
 
 def _misses(scored: Sequence[Scored]) -> list[str]:

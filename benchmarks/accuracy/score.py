@@ -64,9 +64,17 @@ class Scored:
         return self.is_fault and change is not None and unit is not None and change > VISIBLE * unit
 
     @property
+    def has_cause(self) -> bool:
+        """Whether a diagnosis is asked for: always, save for faults on a path that no entry of the dictionary is."""
+        wanted = self.outcome.wanted
+        return not self.case.path or bool(wanted is not None and wanted.cause)
+
+    @property
     def family(self) -> str:
         """The fault's family, or the kind of the case."""
         wanted = self.outcome.wanted
+        if self.case.path:
+            return "paths"
         return wanted.family if wanted is not None and wanted.family else self.case.kind
 
     @property
@@ -108,12 +116,12 @@ class Row:
     first_tap: Rate
     """Of all faults: detected, and the tap named is the one."""
     diagnosis: Rate
-    """Of all faults: the cause and its parameters are the ones; nobody but driftprobe names any."""
+    """Of all faults that declare a cause: it and its parameters are the ones; nobody but driftprobe names any."""
 
 
 def row(rule: str, scored: Iterable[Scored], counts: Callable[[Scored], bool] = lambda s: s.visible) -> Row:
     """Return a rule's rates; faults count where `counts` says so."""
-    faults, benign = [], []
+    faults, benign, named = [], [], []
     for item in scored:
         answer = item.answer(rule)
         if item.outcome.status != OK or answer is None:
@@ -122,13 +130,14 @@ def row(rule: str, scored: Iterable[Scored], counts: Callable[[Scored], bool] = 
             benign.append(answer)
         elif counts(item):
             faults.append(answer)
+            named += [answer] if item.has_cause else []
     total = len(faults)
     return Row(
         rule,
         rate(sum(a.detected for a in faults), total),
         rate(sum(a.detected for a in benign), len(benign)),
         rate(sum(a.tap_exact for a in faults), total),
-        rate(sum(a.cause_exact for a in faults), total),
+        rate(sum(a.cause_exact for a in named), len(named)),
     )
 
 
@@ -222,7 +231,7 @@ def misses(scored: Sequence[Scored]) -> list[tuple[str, Scored, Answer]]:
                 found.append(("not detected", item, answer))
             elif not answer.tap_exact:
                 found.append(("another tap", item, answer))
-            elif not answer.cause_exact:
+            elif item.has_cause and not answer.cause_exact:
                 found.append(("no or another diagnosis", item, answer))
         elif not item.is_fault and not answer.detected:
             found.append(("another verdict", item, answer))

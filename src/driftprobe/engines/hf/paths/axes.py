@@ -61,6 +61,20 @@ def _fits(axis: int, size: Size) -> bool:
     return size.shape[0] in (1, size.rows) and (size.shape[axis] == size.count or bool(tail))
 
 
+def follows_keys(layout: Layout, sizes: Iterable[Size]) -> bool:
+    """Whether another axis grows with the text too, as that of attention's keys: rows of two calls then differ in size.
+
+    `[B, H, T, K]`: a token's row holds one number for each key that its call can see, masked or not, so that a whole
+    text and its chunks have no rows in common.
+    """
+    seen = list(dict.fromkeys(sizes))
+    for axis in range(1, len(seen[0].shape)):
+        lengths = {size.shape[axis] for size in seen}
+        if axis != layout.axis and len(lengths) > 1 and any(size.shape[axis] == size.count for size in seen):
+            return True
+    return False
+
+
 def token_rows(value: Tensor, layout: Layout, row: int, rows: int, count: int) -> tuple[Tensor, int] | None:
     """Return one batch row as `[T, …]` and the column of its first token, or None where the size does not fit."""
     if layout.axis == 0:

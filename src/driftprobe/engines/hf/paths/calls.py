@@ -221,7 +221,7 @@ class Placer:
         ids = None if call.tokens_BT is None else call.tokens_BT[row]
         tokens: list[int | None] = [None if ids is None else ids[column] for column in columns]
         guesses = list(_guesses(call, row, columns, context, tokens))
-        positions = guesses[0]
+        positions = _without_hole(call, context, guesses[0])
         if self.sequence is not None:
             agreeing = [guess for guess in guesses if self._agrees(context, guess, tokens)]
             searched = [] if agreeing else [self._searched(context, tokens, guesses[0])]
@@ -269,6 +269,18 @@ class Placer:
         if not named or not fitting:
             return None
         return min(fitting, key=lambda run: abs(run[0] - named[0]))
+
+
+def _without_hole(call: Call, context: _Context, named: list[int]) -> list[int]:
+    """Return the positions that a call names, or those right behind its context where the named ones leave a hole.
+
+    A cache that holds just the tokens that were fed shows that nothing stands in between: the positions are wrong, and
+    the rows are the text's next all the same.
+    """
+    fed = len(context.tokens)
+    if named and call.past == fed > 0 and named[0] > fed:
+        return [fed + position - named[0] for position in named]
+    return named
 
 
 def _same(left: int | None, right: int | None) -> bool:

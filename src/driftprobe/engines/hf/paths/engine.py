@@ -21,7 +21,7 @@ from driftprobe.engines.hf.engine import HFEngine, _accumulates, _casts
 from driftprobe.engines.hf.host import to_array
 from driftprobe.engines.hf.lifting import RUNG, Narrowings, lifted
 from driftprobe.engines.hf.noise import rounding_noise
-from driftprobe.engines.hf.paths.axes import Layout, find_layout
+from driftprobe.engines.hf.paths.axes import Layout, find_layout, follows_keys
 from driftprobe.engines.hf.paths.calls import Locate
 from driftprobe.engines.hf.paths.listen import Key, Listener, Scouted
 from driftprobe.engines.hf.paths.names import Place, name_points
@@ -274,20 +274,24 @@ class PathEngine:
         out: dict[str, dict[str, int]] = {}
         for key in keys:
             calls = len(left.fired.get(key, ())) + len(right.fired.get(key, ()))
-            layout = find_layout(size for run in runs for size in run.sizes.get(key, []))
+            sizes = [size for run in runs for size in run.sizes.get(key, [])]
+            layout = find_layout(sizes)
             if any(key in run.shapeless for run in runs):
                 reason = "no tensor"
             elif any(key in run.shuffled for run in runs):
                 reason = "rows in another order"
             elif layout is None:
                 reason = "no token axis"
+            elif follows_keys(layout, sizes):
+                reason = "an axis of keys"
             elif key not in left.fired or key not in right.fired:
                 reason = f"only in the {'candidate' if key not in left.fired else 'reference'}"
             else:
                 found[key] = layout
                 continue
             out.setdefault(reason, {})[place(*self._naming.place(*key))] = calls
-        for key in [key for key in found if _routed(key[0], self._naming.stack, found, runs)]:
+        routed = [key for key in found if _routed(key[0], self._naming.stack, found, runs) or _varies(key, found, runs)]
+        for key in routed:
             calls = len(left.fired[key]) + len(right.fired[key])
             out.setdefault("routed tokens", {})[place(*self._naming.place(*key))] = calls
             del found[key]
@@ -323,6 +327,21 @@ def _routed(module: str, stack: str, found: dict[Key, Layout], runs: list[Scoute
                 return True
         siblings = {key for run in runs for key in run.fired if _member_of(key[0], owner)}
         if any(key not in found for key in siblings):
+            return True
+    return False
+
+
+def _varies(key: Key, found: dict[Key, Layout], runs: list[Scouted]) -> bool:
+    """Whether a module fires more often in some calls than in others, or not always on whole calls: once an expert.
+
+    Its second firing is the second expert that a call happens to need, even where all tokens go there.
+    """
+    module, side, _ = key
+    for run in runs:
+        firings = {other: calls for other, calls in run.fired.items() if other[:2] == (module, side)}
+        if len(firings) > 1 and len({frozenset(calls) for calls in firings.values()}) > 1:
+            return True
+        if any(other not in found for other in firings):
             return True
     return False
 
