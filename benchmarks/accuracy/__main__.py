@@ -32,8 +32,8 @@ from benchmarks.accuracy.score import Scored  # noqa: E402
 @click.option("--report-only", is_flag=True, help="Measure nothing; write the files from what is there.")
 @click.option("--replay", metavar="ID", help="Run one case and print all of it.")
 def main(
-    quick: bool, sample: int | None, only: tuple[str, ...], limit: int | None, jobs: int, results: Path, out: Path, report_only: bool,
-    replay: str | None,
+    quick: bool, sample: int | None, only: tuple[str, ...], limit: int | None, jobs: int, results: Path, out: Path,
+    report_only: bool, replay: str | None,
 ) -> None:  # fmt: skip
     """Run the command."""
     if replay is not None:
