@@ -126,6 +126,18 @@ def test_knobs_make_controls_of_their_own():
     assert not any(arm.threads for arm in found.arms if arm not in turned)
 
 
+@pytest.mark.parametrize("length", [16, 17, 31, 32, 33])
+def test_no_chunk_is_a_decode_step(length):
+    """A fault of decode must not be in a control of prefill."""
+    prompt = Prompt("p", tuple(range(1, length + 1)))
+    (chunked,) = arms(
+        make_plan(Mode.AS_DESIGNED, prompt, steps=1, seed=0, max_positions=99, knobs=("chunks",)), "P@chunks"
+    )
+    sizes = [call.stop - call.start for call in chunked.passes]
+    assert sum(sizes) == length + 1
+    assert min(sizes) > 1
+
+
 def test_a_step_may_lie_in_a_chunk_before_the_last():
     found = make_plan(
         Mode.AS_DESIGNED, Prompt("p", tuple(range(1, 32))), steps=3, seed=0, max_positions=99, knobs=("chunks",)

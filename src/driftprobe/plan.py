@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import pairwise
 
 from driftprobe.errors import UsageError
 
@@ -211,8 +212,8 @@ def _turned(n: int, steps: int, knobs: Sequence[str]) -> list[Arm]:
         arms += [replace(arm, threads=True) for arm in plain]
     if "chunks" in knobs and n >= CHUNK:
         reads = [Read("P@chunks", Phase.PREFILL_CHUNKED, step, n + step) for step in range(steps)]
-        starts = range(0, n + steps, CHUNK)
-        arms.append(Arm("P@chunks", tuple(_chunk(start, min(start + CHUNK, n + steps), reads) for start in starts)))
+        bounds = [*range(0, n + steps - 1, CHUNK), n + steps]  # no last chunk of one token: that would be a decode step
+        arms.append(Arm("P@chunks", tuple(_chunk(low, high, reads) for low, high in pairwise(bounds))))
     return arms
 
 
