@@ -15,6 +15,8 @@ from driftprobe.hypotheses.blame import blame
 from driftprobe.judgement import Diagnosis
 from driftprobe.scene import Scene
 
+PERFECT = 1e-12
+"""Share of the squared difference that may be left where nothing is left: a millionth of it, which is rounding."""
 MIN_EXPLAINED = 0.99
 """Share of the squared difference that a cause must explain, beside leaving no more than the floor's limit over."""
 
@@ -32,9 +34,13 @@ def explain(scene: Scene) -> Diagnosis | None:
     return best[1] if told is None else replace(best[1], side=told.side)
 
 
-def _rank(prediction: Prediction, found: Diagnosis) -> tuple[bool, float, int]:
-    """The smallest residual is best; a prediction with a free number for every element comes after all others."""
-    return (prediction.fitted >= prediction.predicted.size, found.residual, prediction.fitted)
+def _rank(prediction: Prediction, found: Diagnosis) -> tuple[bool, float, int, float]:
+    """The smallest residual is best, and of those that leave next to nothing the one that fits the fewest numbers.
+
+    A prediction with a free number for every element comes after all others: it fits whatever is there.
+    """
+    left = 0.0 if 1.0 - found.explained <= PERFECT else found.residual
+    return (prediction.fitted >= prediction.predicted.size, left, prediction.fitted, found.residual)
 
 
 def _judged(prediction: Prediction, scene: Scene) -> tuple[Prediction, Diagnosis] | None:

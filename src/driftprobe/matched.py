@@ -20,7 +20,7 @@ import numpy as np
 
 from driftprobe.causes import Parameters
 from driftprobe.compare import Pair
-from driftprobe.fingerprint import Float64
+from driftprobe.fingerprint import UNIT_ROUNDOFF, Float64
 from driftprobe.local import Bench, Place, coarse, coarser_cache, sources
 from driftprobe.taps import CACHE_TAPS
 
@@ -218,7 +218,7 @@ def _pooled(tensor: str, variant: _Variant, items: list[_Projection], on: Bench)
     z, share = total / spread, total / weight
     if tensor in _TURNED:  # few pairs turn: in units of the roundings of both sides, which no pair's can exceed
         z = max(z, total / (ROUNDINGS * on.roundoff(items[0].place) * weight**0.5), key=abs)
-    if abs(z) < MIN_Z or abs(share) < MIN_SHARE * on.roundoff(items[0].place):
+    if abs(z) < MIN_Z or abs(share) < MIN_SHARE * _coarsest(items[0].place, on):
         return None
     first = _first_of(items, share).place
     cause, parameters = _NAMES[tensor](share, first, on)
@@ -227,6 +227,14 @@ def _pooled(tensor: str, variant: _Variant, items: list[_Projection], on: Bench)
     return Match(
         tensor, first[0], first[1], cause, parameters, share, spread / weight, z, tuple(i.place for i in items)
     )
+
+
+def _coarsest(place: Place, on: Bench) -> float:
+    """Return the roundoff that a change is held to: a tap kept in float32 comes from a coarser dtype all the same.
+
+    A norm that computes in float32 has one factor for all elements, whose own rounding moves them all one way.
+    """
+    return max(on.roundoff(place), UNIT_ROUNDOFF[on.facts.dtype])
 
 
 def _first_of(items: list[_Projection], share: float) -> _Projection:

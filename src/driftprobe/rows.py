@@ -76,11 +76,7 @@ def zero_row_hash(record: Record) -> str | None:
 def _known_rows(records: Iterable[Record]) -> _Known:
     known: _Known = defaultdict(lambda: defaultdict(set))
     for record in records:
-        if (
-            record.phase in {"prefill_last", "prefill_ext", "prefill_chunked"}
-            and record.rows
-            and record.layer is not None
-        ):
+        if record.phase in {"prefill_last", "prefill_ext"} and record.rows and record.layer is not None:
             for position, row in rows_by_position(record).items():
                 known[(record.tensor, record.layer, record.step)][row].add(position)
     return known
