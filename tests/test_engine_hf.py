@@ -50,6 +50,7 @@ TAPS: dict[str, frozenset[str]] = {
     "smollm3": LLAMA,
     "phi3": LLAMA,
     "bloom": LLAMA - ROPE,
+    "mpt": LLAMA - ROPE,
     "opt": LLAMA - ROPE,
     "falcon": LLAMA - {"x_mid", "ffn_norm"},  # one norm for attention and MLP
     "falcon_new": LLAMA - {"x_mid"},

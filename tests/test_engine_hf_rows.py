@@ -66,8 +66,9 @@ def test_a_token_at_the_edge_of_the_chunk_is_clean() -> None:
 @pytest.mark.parametrize("name", [name for name in ("llama", "mistral", "deepseek_v3", "falcon") if name in KNOWN])
 def test_an_aligned_cache_is_read_back(name: str) -> None:
     result = probe(models.build(name, attn="sdpa"), {"a": models.tokens(16)}, mode="kv_aligned", steps=2)
+    assert [trace.header.rung for trace in result.traces] == ["", "float64"]
     events = [event for trace in result.traces for event in trace.events if event.event == "cache_readback"]
-    assert [event.step for event in events] == [0, 1]
+    assert [event.step for event in events] == [0, 1] * 2
     assert all(event.measured["rows"] > 0 and event.measured["different"] == 0 for event in events)
 
 

@@ -15,6 +15,7 @@ from driftprobe.engines.hf import HFEngine  # noqa: E402
 from driftprobe.engines.hf.lifting import Narrowings, lifted  # noqa: E402
 from driftprobe.errors import UsageError  # noqa: E402
 from driftprobe.plan import Mode, Prompt, make_plan  # noqa: E402
+from driftprobe.taps import STATE_TAPS  # noqa: E402
 from models import ARCHITECTURES, build, tokens  # noqa: E402
 
 ROUNDOFF = 2.0**-53
@@ -119,7 +120,9 @@ def largest_drift(engine: HFEngine) -> float:
     }
     largest = 0.0
     for arm in ("D", "E31"):
-        for where, p in found["P"].items():
+        kept = {where for where in found["P"] if arm == "D" or where[1] not in STATE_TAPS}  # E's state is a later token's
+        assert found[arm].keys() == kept
+        for where, p in ((where, found["P"][where]) for where in kept):
             d = without_shift(p, found[arm][where]) if where[1] == "attn_scores" else found[arm][where]
             finite = np.isfinite(p)
             largest = max(largest, float(np.linalg.norm((d - p)[finite]) / np.linalg.norm(p[finite])))

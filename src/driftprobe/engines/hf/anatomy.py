@@ -6,6 +6,7 @@ a name that means something else in some architecture costs a tap, never a wrong
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,8 @@ _FFN_NORM = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "f
 _MLP = ("mlp", "block_sparse_moe", "feed_forward", "ffn", "moe")
 _MLP_FIRST, _MLP_LAST = ("fc1",), ("fc2",)
 """An MLP whose two projections stand in the layer itself (OPT)."""
-_MLP_RESULT = ("dense_4h_to_h",)
-"""The last projection of an MLP that also adds the residual (BLOOM)."""
+_MLP_RESULT = ("dense_4h_to_h", "down_proj")
+"""The last projection of an MLP that adds the residual too (BLOOM, MPT): its result is what is added."""
 _Q, _K, _V = ("q_proj", "wq", "q_b_proj"), ("k_proj", "wk"), ("v_proj", "wv")
 _Q_NORM, _K_NORM = ("q_norm", "q_layernorm", "query_layernorm"), ("k_norm", "k_layernorm", "key_layernorm")
 _OUT = ("o_proj", "out_proj", "dense", "c_proj", "wo")
@@ -122,7 +123,7 @@ def _layer(index: int, module: nn.Module) -> Layer:
     inner = _child(attention, _ATTENTION) if attention is not None else None
     core = inner if inner is not None else attention
     mlp = _child(module, _MLP)
-    result = _child(mlp, _MLP_RESULT)
+    result = _child(mlp, _MLP_RESULT) if _adds_residual(mlp) else None
     return Layer(
         index=index,
         module=module,
@@ -141,6 +142,10 @@ def _layer(index: int, module: nn.Module) -> Layer:
         router=_child(mlp, _ROUTER),
         mixer=_mixer(module),
     )
+
+
+def _adds_residual(mlp: nn.Module | None) -> bool:
+    return mlp is not None and "residual" in inspect.signature(mlp.forward).parameters
 
 
 def _mixer(layer: nn.Module) -> nn.Module | None:

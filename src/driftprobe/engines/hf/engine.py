@@ -65,6 +65,7 @@ class HFEngine:
         self._returns_dict = "return_dict" in parameters
         self._learned = Learned()
         self._makes_tuples = self._hands_back_tuples()
+        self._sample_length = _SAMPLE  # longer while a planted fault needs more tokens to act on
         self._inner_cast = self._casts_inside()
         self.taps = self._trial()
         # Mixers with a state are not promised to take several tokens on a filled cache.
@@ -193,7 +194,7 @@ class HFEngine:
         declared = find_fault(fault)
         windows = [sliding_window(layer.attention, layer.index) or 0 for layer in self.anatomy.layers]
         length = max(declared.sample, declared.min_prompt + 1, *(w + 2 for w in windows if declared.beyond_window))
-        clean = self._sample(length)
+        clean, self._sample_length = self._sample(length), length
         site = Site(self.model, self.anatomy, self.taps, latent=bool(self._learned.expanded))
         with plant(fault, site, strength) as expected:
             try:
@@ -203,9 +204,12 @@ class HFEngine:
             if all(map(same_bits, clean, changed)):
                 raise cannot_act(fault, "not one bit of cache or logits changes in a short run of this model",
                                  "a model that computes what the fault breaks")  # fmt: skip
-            yield expected
+            try:
+                yield expected
+            finally:
+                self._sample_length = _SAMPLE
 
-    def _sample(self, length: int = _SAMPLE) -> list[torch.Tensor]:
+    def _sample(self, length: int) -> list[torch.Tensor]:
         """Return the logits of one decode step after a short prefill, and the cache rows and states that it leaves."""
         tokens = self._some_tokens(length)
         with self._evaluating():
@@ -322,11 +326,11 @@ class HFEngine:
         """Return the coarsest dtype that a float64 model makes of float64 inside; norms, RoPE and softmax may."""
         if self.model.dtype != torch.float64:
             return {}
-        tokens = self._some_tokens(_SAMPLE)
+        tokens = self._some_tokens(self._sample_length)
         with self._evaluating(), Narrowings() as found:
             cache = self._cache()
             self._forward(tokens[:-1], 0, cache)
-            self._forward(tokens[-1:], _SAMPLE - 1, cache)
+            self._forward(tokens[-1:], len(tokens) - 1, cache)
         return {} if found.coarsest is None else {"inside ops": found.coarsest}
 
     def _noise(self, arm: Arm) -> AbstractContextManager[None]:

@@ -26,6 +26,7 @@ from driftprobe.engines.hf.planting.base import (
     is_decode,
 )
 from driftprobe.engines.hf.planting.rotation import unrotated
+from driftprobe.errors import UsageError
 from driftprobe.faults import Expected, find_fault
 
 Tensor = torch.Tensor
@@ -88,11 +89,18 @@ def _written(name: str, change: Change, layer: int, strangers: bool = False) -> 
         fault, parameters, pending = find_fault(name), dict[str, Parameter](), [dict[str, Parameter]()]
         _check_latent(name, site)
         others = _strangers(site) if strangers else ()
+        refused: list[UsageError] = []
 
         def write(cache: Any) -> None:
-            pending[:] = [change(Written(name, site, cache, strength, others))]
+            refused.clear()
+            try:
+                pending[:] = [change(Written(name, site, cache, strength, others))]
+            except UsageError as error:  # a chunk of a prefill may be too short where the whole is not: decode tells
+                refused.append(error)
 
         def told(call: Call) -> list[Undo]:
+            if refused:
+                raise refused.pop()
             if pending:  # the parameters are those of the prompt that a decode step follows on
                 _check_window(name, site, past_of(call), layer)
                 parameters.clear()
