@@ -331,3 +331,31 @@ def test_help_imports_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_one_fault_is_told_with_what_must_be_found(tmp_path):
+    told = driftprobe("faults", "attn_scale", cwd=tmp_path).stdout
+    for words in ("1.05 1.01 1.001 times the scale", "MISMATCH", "layer 0 attn_scores", "score_scale: softmax scale"):
+        assert words in told
+
+
+def test_the_faults_are_listed_by_family(tmp_path):
+    listed = driftprobe("faults", cwd=tmp_path).stdout
+    assert listed.index("positions") < listed.index("rope_plus_one") < listed.index("cache contents")
+    assert "None" not in listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "measured"),
+    [
+        (("--fault", "rope_plus"), "unknown fault", "rope_plus_one"),
+        (("--fault", "rope_reset", "--fault-strength", "3"), "this fault has no strength", "--fault-strength 3"),
+        (("--boundaries", "--longest", "0"), "nothing to probe", "1 token or more"),
+    ],
+)
+def test_wrong_faults_and_lengths_say_so(tmp_path, arguments, what, measured):
+    done = driftprobe("run", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert what in done.stderr
+    assert measured in done.stderr
+    assert not list(tmp_path.glob("artifacts/*/*")), "nothing is written for a wrong option"

@@ -312,7 +312,13 @@ def builtin_prompts(engine: Engine, names: Iterable[str] = tuple(LENGTHS)) -> li
 
 
 def find_boundaries(engine: Engine, steps: int = 1, longest: int = LONGEST) -> Boundaries:
-    """Return the lengths at which the engine's model switches, and which of them are probed."""
+    """Return the lengths at which the engine's model switches, and which of them are probed.
+
+    Raises UsageError where `longest` leaves none.
+    """
+    if longest < 1:
+        raise UsageError("nothing to probe", where="--longest", measured=str(longest), allowed="1 token or more",
+                         next_step="leave --longest out, or give the longest total that is worth its time")  # fmt: skip
     facts = engine.facts
     return derive(facts.switches, max_positions=facts.max_positions, steps=steps, longest=longest)
 
@@ -337,6 +343,10 @@ def _check_options(engine: Engine, options: RunOptions) -> None:
         raise UsageError("a strength of no fault", where="--fault-strength", measured=str(options.strength),
                          allowed="a finite number, with --fault",
                          next_step="name the fault (`driftprobe faults` lists strengths)")  # fmt: skip
+    if options.strength is not None and options.fault is not None and not find_fault(options.fault).unit:
+        raise UsageError("this fault has no strength", where=f"--fault {options.fault}",
+                         measured=f"--fault-strength {options.strength:g}", allowed="it is there or it is not",
+                         next_step="leave --fault-strength out")  # fmt: skip
     if options.payload not in PAYLOADS:
         raise UsageError("unknown payload choice", where="--payload", measured=options.payload,
                          allowed=", ".join(PAYLOADS), next_step="choose one of them")  # fmt: skip

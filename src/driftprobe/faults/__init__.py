@@ -6,6 +6,8 @@ parameters. Nothing in the trace says that a fault was planted, except a label t
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from driftprobe.errors import UsageError
 from driftprobe.faults import attention, cache, modules, statespace
 from driftprobe.faults.base import Expected, Fault
@@ -22,7 +24,13 @@ def find_fault(name: str) -> Fault:
     fault = FAULTS.get(name)
     if fault is None:
         raise UsageError(
-            "unknown fault", where="--fault", measured=name, allowed=", ".join(FAULTS),
+            "unknown fault", where="--fault", measured=name, allowed=_likely(name),
             next_step="`driftprobe faults` says what each one breaks",
         )  # fmt: skip
     return fault
+
+
+def _likely(name: str) -> str:
+    """Return the names that were most likely meant, or how many there are."""
+    likely = get_close_matches(name, FAULTS, n=4, cutoff=0.5)
+    return ", ".join(likely) + "?" if likely else f"one of {len(FAULTS)} names"
