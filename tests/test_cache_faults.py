@@ -76,6 +76,11 @@ def test_the_builtin_model_tells_every_fault_and_its_parameters(fault, strength,
     check(expected, result)
 
 
+def test_a_prefill_in_chunks_on_the_same_wrong_cache_does_not_vouch_for_its_rows(tmp_path):
+    """With 16 tokens the rows of P@chunks have been shifted once as well: decode's rows hash as theirs."""
+    check(*planted(open_engine(attn="sdpa"), "cache_shift", 1.0, 16, tmp_path / "r"))
+
+
 @pytest.mark.parametrize("fault", [fault.name for fault in MINE])
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_architectures_tell_every_fault(name, fault, tmp_path):

@@ -151,6 +151,12 @@ def _other_control(failure: Failure) -> str:
     return f"control {failure.arm}" if is_turned(failure.arm) else "a longer prefill"
 
 
+def _what_it_tells(control: Failure) -> str:
+    if control.arm.partition("@")[2] == "chunks":
+        return "its calls read the cache, as decode's do"
+    return "the prefill may be the wrong side"
+
+
 _KNOBS = {
     "threads": "the number of threads, beyond rounding: a reduction that depends on it, or a race",
     "chunks": "the prefill being fed in chunks, beyond rounding: positions, mask or cache of a call on a filled cache",
@@ -177,7 +183,7 @@ def _notes(failure: Failure, item: TraceJudgement) -> list[str]:
     if other is not None:
         at = place(other.layer, other.tensor)
         notes.append(
-            f"{_other_control(other)} differs too, first at {at}: the prefill may be the wrong side"
+            f"{_other_control(other)} differs too, first at {at}: {_what_it_tells(other)}"
             if other.of_control
             else f"{other.phase} differs too, first at {at}"
         )

@@ -24,6 +24,8 @@ MAX_MATCHED_ROWS = 4096
 
 _Known = dict[tuple[str, int, int], dict[str, set[int]]]
 """(tensor, layer, step) -> row hash -> positions where some prefill arm has it."""
+_WHOLE_PREFILLS = frozenset({"prefill_last", "prefill_ext"})
+"""A prefill in chunks leans on the cache between its calls, as decode does: a wrong cache is wrong in its rows too."""
 
 
 def check_rows(trace: Trace, cells: Sequence[Cell], payloads: PayloadSource) -> tuple[RowCheck, ...]:
@@ -76,7 +78,7 @@ def zero_row_hash(record: Record) -> str | None:
 def _known_rows(records: Iterable[Record]) -> _Known:
     known: _Known = defaultdict(lambda: defaultdict(set))
     for record in records:
-        if record.phase in {"prefill_last", "prefill_ext"} and record.rows and record.layer is not None:
+        if record.phase in _WHOLE_PREFILLS and record.rows and record.layer is not None:
             for position, row in rows_by_position(record).items():
                 known[(record.tensor, record.layer, record.step)][row].add(position)
     return known
