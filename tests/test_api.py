@@ -162,3 +162,10 @@ def test_a_prefill_that_depends_on_its_length_is_found_at_any_number_of_steps(mo
 def test_one_text_is_not_a_list_of_prompts(model: object) -> None:
     with pytest.raises(UsageError, match="not a list"):
         driftprobe.probe(model, "hello")
+
+
+def test_the_other_modes_command_plants_the_same_fault_as_strongly():
+    result = driftprobe.probe(
+        "builtin:tiny", {"a": [72, 105, 33]}, mode="kv_aligned", fault="attn_scale", strength=1.01, ladder="off"
+    )
+    assert "--fault attn_scale --fault-strength 1.01" in result.reports()["B3_66_V2_FINAL_REPORT.md"]

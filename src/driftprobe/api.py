@@ -436,6 +436,7 @@ def _capture(
         progress(f"{plan.prompt.name} {plan.mode.value}{rung} arm {line}")
 
     labels = {"output": options.output} | ({"fault": options.fault} if options.fault else {})
+    labels |= {} if options.strength is None else {"strength": f"{options.strength:g}"}
     settings = CaptureOptions(run=options.output or plan.prompt.name, date=options.date, payload=options.payload,
                               labels=labels)  # fmt: skip
     path = capture(plan, engine, tokens, stage.traces, settings, told)

@@ -196,6 +196,8 @@ def run_command(
         header = traces[0].header
         words += ["--mode", mode, *_same_engine(header, dtype), *_same_plan(traces)]
         words += [word for name in faults(traces)[:1] if fault for word in ("--fault", name)]
+        strengths = _unique(trace.header.labels.get("strength", "") for trace in traces)
+        words += [word for strength in strengths[:1] if fault for word in ("--fault-strength", strength)]
     else:
         words += ["--mode", mode, "--model", "DIR"]
     return printable(shlex.join([*words, *more, *_folder(traces, suffix)]))
