@@ -184,7 +184,10 @@ def _largest_words(cells: Sequence[Cell]) -> str:
     if not different or worst is None:
         return f"{len(cells)}/{len(cells)} equal bit for bit"
     lead = f"{len(cells) - len(different)}/{len(cells)} equal, {len(different)} differ but are within the floor"
-    return f"{lead}; largest excess {times(worst.excess)} at {where(worst)}, limit {LIMIT:g}"
+    shift = ""
+    if worst.excess is not None and worst.excess > LIMIT:
+        shift = ": no more than a constant along a row, or than its softmax shows"
+    return f"{lead}; largest excess {times(worst.excess)} at {where(worst)}, limit {LIMIT:g}{shift}"
 
 
 def _qkv(usable: Sequence[TraceJudgement]) -> _Finding:
