@@ -120,7 +120,9 @@ def largest_drift(engine: HFEngine) -> float:
     }
     largest = 0.0
     for arm in ("D", "E31"):
-        kept = {where for where in found["P"] if arm == "D" or where[1] not in STATE_TAPS}  # E's state is a later token's
+        kept = {
+            where for where in found["P"] if arm == "D" or where[1] not in STATE_TAPS
+        }  # E's state is a later token's
         assert found[arm].keys() == kept
         for where, p in ((where, found["P"][where]) for where in kept):
             d = without_shift(p, found[arm][where]) if where[1] == "attn_scores" else found[arm][where]
