@@ -55,12 +55,12 @@ def test_write_refuses_a_folder_of_somebody_else(result: driftprobe.Result, tmp_
 
 
 def test_a_list_of_prompts_is_named_in_order(model: object) -> None:
-    found = driftprobe.probe(model, [[1, 2], [3]], mode="as_designed")
+    found = driftprobe.probe(model, [[1, 2], [3]], mode="as_designed", ladder="off")
     assert [p.prompt for p in found.judgement.modes["as_designed"].prompts] == ["p0", "p1"]
 
 
 def test_built_in_prompts_have_exact_token_counts() -> None:
-    found = driftprobe.probe("builtin:tiny", mode="as_designed")
+    found = driftprobe.probe("builtin:tiny", mode="as_designed", ladder="off")
     lengths = {p.prompt: p.prompt_len for p in found.judgement.modes["as_designed"].prompts}
     assert lengths == {"p0_short": 2, "p6_len_16": 16, "p6_len_32": 32}
 
@@ -80,7 +80,7 @@ def test_bad_prompts(model: object, prompts: dict[str, list[int]], words: str) -
 
 
 def test_the_longest_prompt_that_fits_runs_without_longer_prefills(model: object) -> None:
-    found = driftprobe.probe(model, {"a": [1] * 63}, mode="as_designed")
+    found = driftprobe.probe(model, {"a": [1] * 63}, mode="as_designed", ladder="off")
     controls = found.judgement.modes["as_designed"].prompts[0].controls
     assert found.verdict in {Verdict.NO_DRIFT, Verdict.STRUCTURAL_DRIFT}
     assert not any(arm.startswith("E") for arm in controls) and "N1" in controls
@@ -123,13 +123,13 @@ def test_a_model_that_fails_is_an_engine_error(model: object, tmp_path: Path) ->
 
 
 def test_layers_limits_what_is_recorded(model: object) -> None:
-    found = driftprobe.probe(model, IDS, mode="kv_aligned", layers=[1])
+    found = driftprobe.probe(model, IDS, mode="kv_aligned", layers=[1], ladder="off")
     assert {c.layer for c in found.judgement.modes["kv_aligned"].cells} == {None, 1}
     assert found.verdict in {Verdict.NO_DRIFT, Verdict.STRUCTURAL_DRIFT}, found.reason
 
 
 def test_several_steps_are_compared_each(model: object) -> None:
-    found = driftprobe.probe(model, IDS, mode="kv_aligned", steps=3)
+    found = driftprobe.probe(model, IDS, mode="kv_aligned", steps=3, ladder="off")
     assert {c.step for c in found.judgement.modes["kv_aligned"].cells} == {0, 1, 2}
 
 
@@ -142,7 +142,7 @@ def test_the_verdict_does_not_depend_on_payloads(model: object, payload: str, tm
     assert bool(kept) is (payload != "none")
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("steps", [1, 4])
 def test_a_prefill_that_depends_on_its_length_is_found_at_any_number_of_steps(model: object, steps: int) -> None:
     """Scores 5 % too large in prefills of exactly four tokens, P's own at step 0: decode is right, prefill is not."""
     broken = copy.deepcopy(model)
@@ -153,7 +153,7 @@ def test_a_prefill_that_depends_on_its_length_is_found_at_any_number_of_steps(mo
             layer.self_attn.scaling = scale * (1.05 if call["input_ids"].shape[1] == 4 else 1.0)
 
     broken.register_forward_pre_hook(before, with_kwargs=True)
-    found = driftprobe.probe(broken, IDS, steps=steps)
+    found = driftprobe.probe(broken, IDS, mode="kv_aligned", steps=steps, ladder="off")
     assert found.verdict is Verdict.MISMATCH, found.reason
     assert found.first_failure is not None
     assert (found.first_failure.layer, found.first_failure.tensor) == (0, "attn_scores")

@@ -102,14 +102,15 @@ CLEAN_AT = [n for n in ("mistral", "gemma2", "llama4", "mamba2", "lfm2") if n no
 @pytest.mark.parametrize("name", [n for n in CLEAN_AT if DRIVEN or n not in models.STATEFUL])
 def test_boundaries_of_healthy_models_are_clean(name: str) -> None:
     result = probe(models.build(name), {"own": models.tokens(5)}, mode="kv_aligned", payload="none", boundaries=True,
-                   longest=40)  # fmt: skip
+                   longest=40, ladder="off")  # fmt: skip
     assert result.verdict in CLEAN, result.reason
     assert len(result.traces) > 3
 
 
 def test_a_static_scaling_does_not_switch() -> None:
     model = scaled("yarn", original_max_position_embeddings=32)
-    result = probe(model, {"own": models.tokens(5)}, payload="none", boundaries=True, longest=40)
+    result = probe(model, {"own": models.tokens(5)}, mode="kv_aligned", payload="none", boundaries=True, longest=40,
+                   ladder="off")  # fmt: skip
     assert result.verdict in CLEAN, result.reason
 
 
@@ -124,7 +125,8 @@ def test_dynamic_scaling_is_found_at_the_boundary() -> None:
     They depend on the calls before it as well: past the boundary they stay as the longest call left them, so the
     prompts after this one agree with themselves.
     """
-    result = probe(scaled("dynamic"), DEFAULT, mode="kv_aligned", payload="none", boundaries=True, longest=66)
+    result = probe(scaled("dynamic"), DEFAULT, mode="kv_aligned", payload="none", boundaries=True, longest=66,
+                   ladder="off")  # fmt: skip
     verdicts = {item.prompt: (item.verdict, item.reason) for item in result.judgement.modes["kv_aligned"].prompts}
     assert all(verdicts[name][0] in CLEAN for name in ("short", "n16")), verdicts
     assert verdicts["context_64-1"][0] is Verdict.MISMATCH, "a prefill of 70 tokens rotates otherwise"
@@ -148,9 +150,9 @@ def act_at(model: Any, total: int) -> None:
 def test_a_fault_at_the_edge_of_the_window_needs_the_boundary(name: str) -> None:
     model = models.build(name)
     act_at(model, WINDOW)
-    result = probe(model, DEFAULT, mode="kv_aligned", payload="none")
+    result = probe(model, DEFAULT, mode="kv_aligned", payload="none", ladder="off")
     assert result.verdict in CLEAN, result.reason
-    result = probe(model, DEFAULT, mode="kv_aligned", payload="none", boundaries=True, longest=20)
+    result = probe(model, DEFAULT, mode="kv_aligned", payload="none", boundaries=True, longest=20, ladder="off")
     assert failing(result) == {"window_12"}
     assert result.first_failure is not None
     assert result.first_failure.tensor == "attn_scores"
@@ -170,8 +172,8 @@ def test_a_fault_at_the_width_of_the_convolution_needs_the_boundary() -> None:
                     state.copy_(state.roll(-1, dims=-1))
 
     model.register_forward_hook(hook, with_kwargs=True)
-    assert probe(model, DEFAULT, mode="kv_aligned", payload="none").verdict in CLEAN
-    result = probe(model, DEFAULT, mode="kv_aligned", payload="none", boundaries=True)
+    assert probe(model, DEFAULT, mode="kv_aligned", payload="none", ladder="off").verdict in CLEAN
+    result = probe(model, DEFAULT, mode="kv_aligned", payload="none", boundaries=True, ladder="off")
     assert failing(result) == {f"conv_{kernel}"}
 
 

@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 REPORTS = {"B3_66_V2_FINAL_REPORT.md", "B3_66_V2_ANALYSIS.md", "B3_66_V2_ANALYSIS.tsv", "verdict.json"}
 PARTS = ("error:", "where:", "measured:", "allowed:", "next:")
 ONE_PROMPT = ("--prompts", "p0_short", "--date", "2026-02-07")
+QUICK = (*ONE_PROMPT, "--ladder", "off")
 
 
 def driftprobe(*arguments: object, cwd: Path, **extra: object) -> subprocess.CompletedProcess[str]:
@@ -94,32 +95,32 @@ def test_validate_passes_what_we_wrote(copied: Path) -> None:
 
 def test_one_mode_leaves_the_other_pending_and_the_next_run_fills_it(tmp_path: Path) -> None:
     root = tmp_path / "artifacts/2026-02-07/b3_66_v2"
-    assert driftprobe("run", *ONE_PROMPT, "--mode", "as_designed", cwd=tmp_path).returncode == 0
+    assert driftprobe("run", *QUICK, "--mode", "as_designed", cwd=tmp_path).returncode == 0
     first = (root / "B3_66_V2_FINAL_REPORT.md").read_text()
     assert "PENDING" in first and "--mode kv_aligned" in first
-    assert driftprobe("run", *ONE_PROMPT, "--mode", "kv_aligned", cwd=tmp_path).returncode == 0
+    assert driftprobe("run", *QUICK, "--mode", "kv_aligned", cwd=tmp_path).returncode == 0
     second = (root / "B3_66_V2_FINAL_REPORT.md").read_text()
     assert "PENDING" not in second and "TBD" not in second
 
 
 def test_modes_of_different_prompts_are_not_one_run(tmp_path: Path) -> None:
     root = tmp_path / "artifacts/2026-02-07/b3_66_v2"
-    assert driftprobe("run", *ONE_PROMPT, "--mode", "as_designed", cwd=tmp_path).returncode == 0
-    other = ("--prompt", "hello", "--date", "2026-02-07", "--mode", "kv_aligned")
+    assert driftprobe("run", *QUICK, "--mode", "as_designed", cwd=tmp_path).returncode == 0
+    other = ("--prompt", "hello", "--date", "2026-02-07", "--mode", "kv_aligned", "--ladder", "off")
     assert driftprobe("run", *other, cwd=tmp_path).returncode == 0
     names = {p.name for p in (root / "traces").glob("*.jsonl")}
-    assert names == {"prompt_kv_aligned.jsonl", "prompt_kv_aligned_float64.jsonl"}
+    assert names == {"prompt_kv_aligned.jsonl"}
     assert "PENDING" in (root / "B3_66_V2_FINAL_REPORT.md").read_text()
 
 
 def test_mismatch_exits_with_one_and_names_the_tap(tmp_path: Path) -> None:
-    done = driftprobe("run", *ONE_PROMPT, "--fault", "rope_plus_one", cwd=tmp_path)
+    done = driftprobe("run", *QUICK, "--fault", "rope_plus_one", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "layer 0 q_rope" in done.stdout and "root cause" in done.stdout
 
 
 def test_not_aligned_exits_with_three(tmp_path: Path) -> None:
-    done = driftprobe("run", *ONE_PROMPT, "--fault", "wrong_token", cwd=tmp_path)
+    done = driftprobe("run", *QUICK, "--fault", "wrong_token", cwd=tmp_path)
     assert done.returncode == 3, done.stderr
     assert "embed" in done.stdout
 
@@ -136,7 +137,7 @@ def test_own_prompts_from_text_and_file(tmp_path: Path) -> None:
 
 
 def test_no_colour_and_no_progress_in_a_pipe(tmp_path: Path) -> None:
-    done = driftprobe("run", *ONE_PROMPT, cwd=tmp_path)
+    done = driftprobe("run", *QUICK, cwd=tmp_path)
     assert "\x1b" not in done.stdout and done.stderr == ""
 
 
@@ -211,13 +212,13 @@ def test_other_files_in_the_output_folder_are_left_alone(tmp_path: Path) -> None
     root = tmp_path / "artifacts/2026-02-07/b3_66_v2"
     root.mkdir(parents=True)
     (root / "thesis.txt").write_text("mine")
-    assert_five_parts(driftprobe("run", *ONE_PROMPT, cwd=tmp_path), 2, "other files", "thesis.txt")
+    assert_five_parts(driftprobe("run", *QUICK, cwd=tmp_path), 2, "other files", "thesis.txt")
     assert [p.name for p in root.iterdir()] == ["thesis.txt"]
 
 
 def test_output_place_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "artifacts").write_text("a file")
-    assert_five_parts(driftprobe("run", *ONE_PROMPT, cwd=tmp_path), 2, "cannot write the output")
+    assert_five_parts(driftprobe("run", *QUICK, cwd=tmp_path), 2, "cannot write the output")
 
 
 def test_a_full_disk_leaves_the_earlier_run_as_it_was(copied: Path) -> None:
@@ -227,7 +228,7 @@ def test_a_full_disk_leaves_the_earlier_run_as_it_was(copied: Path) -> None:
     shutil.move(str(copied), place / "b3_66_v2")
     before = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
     done = driftprobe(
-        "run", *ONE_PROMPT, "--out", "out", cwd=place.parent.parent,
+        "run", *QUICK, "--out", "out", cwd=place.parent.parent,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )  # fmt: skip
     assert_five_parts(done, 2, "cannot write")
@@ -237,7 +238,7 @@ def test_a_full_disk_leaves_the_earlier_run_as_it_was(copied: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere; the file-size test covers a failing write")
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    assert_five_parts(driftprobe("run", *ONE_PROMPT, cwd=tmp_path), 2, "cannot write the output")
+    assert_five_parts(driftprobe("run", *QUICK, cwd=tmp_path), 2, "cannot write the output")
 
 
 def break_trace(folder: Path, change: object) -> None:
@@ -289,7 +290,7 @@ def test_an_interrupt_leaves_valid_incomplete_traces_and_the_earlier_run(tmp_pat
     root.mkdir(parents=True)
     (root / "verdict.json").write_text("earlier")
     code = "from driftprobe.cli import main; main()"
-    words = [sys.executable, "-c", code, "run", *ONE_PROMPT, "--steps", "40"]
+    words = [sys.executable, "-c", code, "run", *QUICK, "--steps", "40"]
     running = subprocess.Popen(
         words, cwd=tmp_path, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (a background job ignores it)

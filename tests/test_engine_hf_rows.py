@@ -41,7 +41,7 @@ def test_rows_are_cut_to_the_window(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in ("mistral", "gemma2") if name in KNOWN])
 def test_a_token_at_the_edge_of_the_window_is_clean(name: str) -> None:
     prompts = {f"n{n}": models.tokens(n) for n in (WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 1)}
-    result = probe(models.build(name), prompts, mode="both", steps=2, payload="none")
+    result = probe(models.build(name), prompts, mode="kv_aligned", steps=2, payload="none", ladder="off")
     assert result.verdict in CLEAN, result.reason
 
 
@@ -59,7 +59,7 @@ def test_rows_are_cut_to_the_chunk() -> None:
 @pytest.mark.skipif("llama4" not in KNOWN, reason="no llama4 in this transformers")
 def test_a_token_at_the_edge_of_the_chunk_is_clean() -> None:
     prompts = {f"n{n}": models.tokens(n) for n in (WINDOW - 2, WINDOW - 1, WINDOW, 2 * WINDOW - 1, 2 * WINDOW)}
-    result = probe(models.build("llama4"), prompts, mode="both", steps=2, payload="none")
+    result = probe(models.build("llama4"), prompts, mode="kv_aligned", steps=2, payload="none", ladder="off")
     assert result.verdict in CLEAN, result.reason
 
 
@@ -91,14 +91,16 @@ def test_a_cache_that_does_not_keep_what_it_is_given_is_not_available(monkeypatc
         engine, "stored_rows", lambda cache, layer: tuple(rows.clone() for rows in honest(cache, layer))
     )
     model = models.build("llama", dtype="float32")
-    result = probe(model, {"a": models.tokens(16)}, mode="kv_aligned", payload="none", fault="cache_shift")
+    result = probe(
+        model, {"a": models.tokens(16)}, mode="kv_aligned", payload="none", fault="cache_shift", ladder="off"
+    )
     assert result.verdict is Verdict.NOT_AVAILABLE
     assert "read back" in result.reason
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_prompt_of_one_token(steps: int) -> None:
-    result = probe(models.build("llama"), {"one": [5]}, mode="both", steps=steps, payload="none")
+    result = probe(models.build("llama"), {"one": [5]}, mode="both", steps=steps, payload="none", ladder="off")
     assert result.verdict in CLEAN, result.reason
     records = result.traces[0].records
     assert {r.logical_tok_idx for r in records} == set(range(1, steps + 1))
@@ -110,7 +112,7 @@ def test_nan_weights_are_a_finding(where: str) -> None:
     model = models.build("llama", tie_word_embeddings=False)
     with torch.no_grad():
         model.get_submodule(where).weight[:, 3] = float("nan")
-    result = probe(model, {"a": models.tokens(4)}, mode="both")
+    result = probe(model, {"a": models.tokens(4)}, mode="kv_aligned", ladder="off")
     assert result.verdict in (Verdict.NOT_AVAILABLE, Verdict.MISMATCH)
     assert "NaN" in result.reason, result.reason
 
@@ -163,7 +165,7 @@ def test_a_model_that_makes_tuples(fault: str | None) -> None:
 
     model = Tuples(models.build("llama"))
     assert set(HFEngine(model).taps) >= {"k_rope", "k_cache", "v_cache", "q_proj"}
-    result = probe(model, {"a": models.tokens(7)}, mode="kv_aligned", fault=fault)
+    result = probe(model, {"a": models.tokens(7)}, mode="kv_aligned", fault=fault, ladder="off")
     if fault is None:
         assert result.verdict in CLEAN, result.reason
         return

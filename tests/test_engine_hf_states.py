@@ -50,7 +50,7 @@ def test_taps_of_mixers(name: str) -> None:
 @needs_states
 @pytest.mark.parametrize("name", models.STATEFUL)
 def test_clean_runs_of_mixers(name: str) -> None:
-    result = probe(models.build(name), PROMPTS, mode="both", steps=2, payload="none")
+    result = probe(models.build(name), PROMPTS, mode="kv_aligned", steps=2, payload="none", ladder="off")
     assert result.verdict in CLEAN, result.reason
     events = [event for trace in result.traces for event in trace.events if event.event == "cache_readback"]
     assert all(event.measured["states"] > 0 and event.measured["different"] == 0 for event in events)
@@ -61,7 +61,8 @@ def test_clean_runs_of_mixers(name: str) -> None:
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["mamba2", "lfm2"])
 def test_clean_runs_of_mixers_in_other_dtypes(name: str, dtype: str) -> None:
-    result = probe(models.build(name, dtype=dtype, seed=1), {"n33": PROMPTS["n33"]}, steps=2, payload="none")
+    model = models.build(name, dtype=dtype, seed=1)
+    result = probe(model, {"n33": PROMPTS["n33"]}, mode="kv_aligned", steps=2, payload="none")
     assert result.verdict in CLEAN, result.reason
 
 
@@ -117,7 +118,7 @@ def test_a_state_that_is_lost_between_calls_is_a_matter_of_contents(name: str) -
     """Arm A is given the state that the prefill's mixer left, and agrees."""
     model = models.build(name)
     after_each_prefill(model, lambda cache: [state.zero_() for state in stored_states(cache, 0).all])
-    result = probe(model, {"a": models.tokens(16)}, mode="kv_aligned", payload="none")
+    result = probe(model, {"a": models.tokens(16)}, mode="kv_aligned", payload="none", ladder="off")
     assert result.verdict is Verdict.MISMATCH
     assert result.first_failure is not None
     assert (result.first_failure.layer, result.first_failure.tensor) == (0, "conv_state")
@@ -131,7 +132,7 @@ def test_a_state_that_does_not_keep_what_it_is_given_is_not_available(monkeypatc
     model = models.build("mamba2")
     after_each_prefill(model, lambda cache: [state.zero_() for state in stored_states(cache, 0).all])
     monkeypatch.setattr(engine, "stored_states", lambda cache, layer: stored_states(cache, layer).copy())
-    result = probe(model, {"a": models.tokens(16)}, mode="kv_aligned", payload="none")
+    result = probe(model, {"a": models.tokens(16)}, mode="kv_aligned", payload="none", ladder="off")
     assert result.verdict is Verdict.NOT_AVAILABLE
     assert "states differ" in result.reason
 

@@ -29,7 +29,7 @@ from driftprobe.plan import Mode, Plan, Prompt, at_rung, make_plan
 from driftprobe.prompts import LENGTHS, Source, boundary_prompts, builtin_prompt, make_prompts
 from driftprobe.prune import prune_payloads
 from driftprobe.report import render_all
-from driftprobe.trace import EngineFacts, Trace
+from driftprobe.trace import EngineFacts, Trace, read_header
 from driftprobe.verdict import judge
 
 PAYLOADS = ("none", "failing", "all")
@@ -222,7 +222,8 @@ def run(
     planted = engine.plant(options.fault, options.strength) if options.fault else nullcontext()
     with planted as expected, staged(root) as stage:
         _capture_all(plans, engine, stage, options, progress or (lambda _step: None))
-        keep_other_modes(root, stage, [trace.header for trace in load_traces(stage.traces)])
+        headers = (read_header(path) for path in sorted(stage.traces.glob("*.jsonl")))
+        keep_other_modes(root, stage, [header for header in headers if header is not None])
         result = finish(engine, stage, options.payload)
         write_reports(stage.root, result.reports())
     return Result(result.judgement, result.traces, root / "traces", expected=expected)

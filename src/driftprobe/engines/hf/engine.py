@@ -209,7 +209,7 @@ class HFEngine:
             finally:
                 self._sample_length = _SAMPLE
 
-    def _sample(self, length: int) -> list[torch.Tensor]:
+    def _sample(self, length: int = _SAMPLE) -> list[torch.Tensor]:
         """Return the logits of one decode step after a short prefill, and the cache rows and states that it leaves."""
         tokens = self._some_tokens(length)
         with self._evaluating():
