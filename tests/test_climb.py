@@ -11,7 +11,7 @@ from driftprobe.climb import MODERATE, ROUNDING, SHRINKS
 from driftprobe.diagnose import diagnose
 from driftprobe.fingerprint import UNIT_ROUNDOFF, Array
 from driftprobe.floor import LIMIT
-from driftprobe.judgement import Judgement, Ladder, Outcome, TraceJudgement, Verdict
+from driftprobe.judgement import Judgement, Ladder, Outcome, Reading, TraceJudgement, Verdict
 from driftprobe.report import render_all
 from driftprobe.trace import COST, Event, Trace
 from driftprobe.verdict import base_traces, judge
@@ -170,3 +170,19 @@ def _floor_at(where: tuple[int | None, str]) -> float:
 def test_a_site_is_changed_where_it_is_said():
     assert scaled(np.ones(1, np.float32), 1.0)[0] == 2.0
     assert off(1.0)(Site("D", 0, *START), np.ones(1, np.float32))[0] == 2.0
+
+
+def test_a_failure_that_the_ladder_takes_for_rounding_reads_h0():
+    """A verdict of arithmetic beside a reading of wrong computation would contradict itself."""
+    _, item, ladder = climbed(off(6 * _floor_at(START)), off(2 * RUNG))
+    assert ladder.outcome is Outcome.SCALES
+    assert item.reading is Reading.H0
+
+
+@pytest.mark.parametrize("size", [0.9, 3.0])
+def test_a_failure_of_no_dtypes_size_that_is_gone_is_not_called_rounding(size):
+    judged, item, ladder = climbed(off(size), off(2 * RUNG))
+    assert judged.verdict is Verdict.MISMATCH
+    assert ladder.outcome is Outcome.PRECISION
+    assert item.first_failure is not None
+    assert item.first_failure.diagnosis is None

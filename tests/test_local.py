@@ -253,3 +253,32 @@ def test_few_elements_that_are_far_off_are_not_lost_among_many_that_are_equal():
     assert found.verdict is Verdict.MISMATCH
     assert found.first_failure is not None
     assert found.first_failure.excess < 1
+
+
+@pytest.mark.parametrize("tensor", ["attn_scores", "attn_ctx"])
+def test_shapes_that_do_not_go_together_are_left_to_the_floor(tensor):
+    """The toy's scores are over no keys of its own: no rounding is known, and nothing fails for it."""
+    found = judged(both(at(tensor, one_rounding), behind("x_out")))
+    assert next(c for c in found.cells if (c.layer, c.tensor) == (0, tensor)).local is None
+
+
+def test_the_smallest_numbers_of_float16_may_be_off_by_one_of_them():
+    half = np.dtype(np.float16)
+
+    def tiny(site: Site, array: Array) -> Array:
+        if site.tensor != "attn_probs" or site.layer != 0:
+            return array
+        probs = np.full(array.shape, 2.0**-24, half)
+        probs.reshape(-1)[0] = 1.0
+        if site.arm in {"D", "D'"}:
+            probs.reshape(-1)[1] = 2.0**-23
+        return probs
+
+    trace, arrays = toy(both(tiny, behind("x_out")), dtype=half, facts=dict(FACTS))
+    assert judge_trace(trace, arrays).verdict is Verdict.STRUCTURAL_DRIFT
+
+
+def test_a_norm_that_gives_nothing_is_no_epsilon():
+    found = judged(both(at("attn_norm", lambda array: array * 0), drifting(0.5, start=(0, "q_proj"))))
+    assert found.verdict is Verdict.MISMATCH
+    assert "norm_epsilon" not in {match.cause for match in found.matches}

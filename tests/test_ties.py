@@ -190,3 +190,39 @@ def test_a_router_that_chooses_wrongly_in_decode_is_a_mismatch():
     assert found.verdict is Verdict.MISMATCH
     assert found.first_failure is not None
     assert (found.first_failure.layer, found.first_failure.tensor) == (1, "expert_ids")
+
+
+def earlier(site: Site, array: Array) -> Array:
+    """Decode's cache rows of layer 1 are others, as where an earlier token went to other experts; not in arm T."""
+    if site.arm in {"D", "D'"} and site.layer == 1 and site.tensor == "k_cache":
+        array = array.copy()
+        array[0] *= 1.5
+    return array
+
+
+def test_an_earlier_tokens_flip_shows_in_the_cache_and_not_in_arm_t():
+    found, item = judged(router(CLOSE, drift=0.0), unflipped, earlier)
+    assert found.verdict is Verdict.STRUCTURAL_DRIFT, found.reason
+    (flip,) = item.flips
+    assert flip.earlier and flip.layer == 1
+    assert "an earlier token's experts" in found.reason
+
+
+def test_without_arm_t_or_with_rows_that_fail_there_too_the_cache_is_a_mismatch():
+    found, _ = judged(router(CLOSE, drift=0.0), unflipped, earlier, arms=("E1",))
+    assert found.verdict is Verdict.MISMATCH
+
+    def in_t(site: Site, array: Array) -> Array:
+        return (
+            earlier(Site("D", *[getattr(site, f) for f in ("step", "layer", "tensor")]), array)
+            if site.arm == "T"
+            else array
+        )
+
+    found, item = judged(router(CLOSE, drift=0.0), unflipped, earlier, in_t)
+    assert found.verdict is Verdict.MISMATCH and not item.flips
+
+
+def unflipped(site: Site, array: Array) -> Array:
+    """The step's own token goes to the same experts in all arms."""
+    return np.array([[0, 1]]) if site.tensor == "expert_ids" else array

@@ -19,6 +19,7 @@ from driftprobe.judgement import (
     Failure,
     Ladder,
     Outcome,
+    Reading,
     Slope,
     Status,
     TraceJudgement,
@@ -37,6 +38,8 @@ float16 to bfloat16, 8 times apart, an undeclared cast can be smaller than this 
 SHRINKS = 0.75
 """Slope from which a drift counts as scaling with the unit roundoff: about 1 for arithmetic, about 0 for a bug. Drifts
 of a few roundings stray by a factor of ten or so: a tenth of a slope over nine decades, a quarter over four."""
+NEAR = 4.0
+"""How far off a dtype's rounding a drift may be to be taken for it; the next dtype is 2 to 8 times as coarse."""
 ROUNDING = 0.4
 """Relative L2 error of rounding many numbers once, in unit roundoffs: uniform errors are u/√3 of the power of two below
 a number, and the root mean square of numbers is about 1.5 of that power."""
@@ -47,7 +50,8 @@ def climb(base: TraceJudgement, rung: TraceJudgement, name: str, seconds: float 
     base_unit, unit = _unit(base.engine)[0], _unit(rung.engine)[0]
     slopes = _slopes(base.cells, rung.cells, unit, base_unit)
     outcome = _outcome(base, rung, slopes)
-    drifts = [drift for arm, drift in rung.controls.items() if math.isfinite(drift)]
+    guilty = {failure.arm for failure in rung.failures if failure.of_control}
+    drifts = [drift for arm, drift in rung.controls.items() if math.isfinite(drift) and arm not in guilty]
     ladder = Ladder(name, rung, outcome, base.verdict, base_unit, unit, _unit(rung.engine)[1],
                     max(drifts, default=None), slopes, seconds)  # fmt: skip
     judged = replace(base, ladder=ladder)
@@ -137,14 +141,23 @@ def _explained(judged: TraceJudgement, slopes: Sequence[Slope]) -> TraceJudgemen
         tuple(replace(cell, status=Status.PASS) if cell.status is Status.FAIL else cell for cell in found)
         for found in (judged.cells, judged.aligned_cells)
     )
+    reading = Reading.H0 if aligned else Reading.NONE
     return replace(judged, verdict=Verdict.STRUCTURAL_DRIFT, reason=reason, failures=(), cells=cells,
-                   aligned_cells=aligned)  # fmt: skip
+                   aligned_cells=aligned, reading=reading)  # fmt: skip
 
 
-def _precision(first: Failure, rung: Sequence[Cell], base_unit: float) -> Diagnosis:
-    """Return the cause of a failure that is gone at the rung: the dtype whose rounding has the drift's size."""
+def _precision(first: Failure, rung: Sequence[Cell], base_unit: float) -> Diagnosis | None:
+    """Return the cause of a failure that is gone at the rung: the dtype whose rounding has the drift's size.
+
+    None where no dtype's rounding is of that size: then it is no rounding, but a kernel of the run's own dtype.
+    """
+    if not 0.0 < first.drift < math.inf:
+        return None
     coarser = [dtype for dtype, unit in UNIT_ROUNDOFF.items() if unit > base_unit and dtype != "tfloat32"]
-    dtype = min(coarser, key=lambda name: abs(math.log(first.drift / (ROUNDING * UNIT_ROUNDOFF[name]))), default="")
+    apart = {name: abs(math.log(first.drift / (ROUNDING * UNIT_ROUNDOFF[name]))) for name in coarser}
+    dtype = min(apart, key=lambda name: apart[name], default=None)
+    if dtype is None or apart[dtype] > math.log(NEAR):
+        return None
     left = next(
         (
             c.drift.value or 0.0
@@ -154,7 +167,7 @@ def _precision(first: Failure, rung: Sequence[Cell], base_unit: float) -> Diagno
         ),
         0.0,
     )
-    return Diagnosis("precision", {"dtype": dtype or "a kernel"}, first.layer, first.tensor, left,
+    return Diagnosis("precision", {"dtype": dtype}, first.layer, first.tensor, left,
                      1.0 - (left / first.drift) ** 2)  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from driftprobe.causes import CAUSES
 from driftprobe.compare import NoPayloads, PayloadSource
 from driftprobe.explain import explain
-from driftprobe.floor import is_turned
+from driftprobe.floor import is_extension, is_turned, repeated
 from driftprobe.hypotheses.blame import Blame, blame
 from driftprobe.judgement import (
     Cell,
@@ -67,11 +67,11 @@ def _diagnose_trace(item: TraceJudgement, trace: Trace | None, payloads: Payload
     first = item.first_failure
     if first is None:
         return item
-    told = None
-    if trace is not None:
-        told = blame(Scene(trace, item, first, payloads))
-    if first.diagnosis is None:
-        found = None if trace is None else explain(Scene(trace, item, first, payloads))
+    told = found = None
+    if trace is not None and repeated(first.arm) == "P":  # another run of decode differs from decode, and from no op
+        scene = Scene(trace, item, first, payloads)
+        told, found = blame(scene), explain(scene)
+    if first.diagnosis is None or found is not None or _by_hashes(first, item) is not None:
         found = found or _by_hashes(first, item) or _by_controls(first, item) or _matched(first)
         first = replace(first, diagnosis=found)
     words = root_cause(first, item)
@@ -84,7 +84,7 @@ def _blame_in_words(told: Blame, failure: Failure) -> str:
     """Return which side is at fault, with the evidence."""
     names, sizes = ("decode", "prefill"), (told.decode, told.prefill)
     if failure.of_control:
-        names = ("the longer prefill", "prefill")
+        names = (_other_control(failure), "prefill")
     (right, near), (wrong, far) = sorted(zip(names, sizes, strict=True), key=lambda pair: pair[1])
     return (
         f"{wrong} is the wrong side: {right}'s {failure.tensor} agrees with a replay from its input ({near:.1e}), "
@@ -97,8 +97,13 @@ def _by_controls(failure: Failure, item: TraceJudgement) -> Diagnosis | None:
     if failure.of_control:
         return None
     where = (failure.step, failure.layer, failure.tensor)
-    same = [f for f in item.failures if f.of_control and (f.step, f.layer, f.tensor) == where and f.arm[:1] in "EP"]
+    same = [f for f in item.failures if f.of_control and (f.step, f.layer, f.tensor) == where and _of_length(f.arm)]
     return Diagnosis("prefill_length", {}, failure.layer, failure.tensor, failure.drift, 0.0) if same else None
+
+
+def _of_length(arm: str) -> bool:
+    """Whether a control's calls are of another length than prefill's."""
+    return is_extension(arm) or arm == "P@chunks"
 
 
 def _matched(failure: Failure) -> Diagnosis | None:

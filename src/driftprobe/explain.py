@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from driftprobe.compare import SCORES
 from driftprobe.fingerprint import Float64, l2_norm
 from driftprobe.floor import LIMIT
 from driftprobe.hypotheses import HYPOTHESES, Prediction
@@ -23,15 +24,25 @@ MIN_EXPLAINED = 0.99
 
 def explain(scene: Scene) -> Diagnosis | None:
     """Return the cause whose prediction fits the failing tensor best, or None where none explains it."""
+    if not _numbers(scene):
+        return None
     found = [_judged(prediction, scene) for family in HYPOTHESES for prediction in family(scene)]
     fitting = [(prediction, diagnosis) for prediction, diagnosis in filter(None, found) if _fits(diagnosis, scene)]
     best = min(fitting, key=lambda pair: _rank(*pair), default=None)
     if best is None:
         return None
-    if scene.failure.phase == "prefill_ext":
+    if scene.failure.of_control:
         return replace(best[1], side=PREFILL)  # both arms are prefills
     told = blame(scene)
     return best[1] if told is None else replace(best[1], side=told.side)
+
+
+def _numbers(scene: Scene) -> bool:
+    """Whether the failing tensor holds numbers alone; the infinities of a mask are numbers in scores."""
+    failing = scene.candidate(scene.failure.layer, scene.failure.tensor)
+    if failing is None or scene.failure.tensor == SCORES:
+        return failing is None or not np.isnan(failing).any()
+    return bool(np.isfinite(failing).all())
 
 
 def _rank(prediction: Prediction, found: Diagnosis) -> tuple[bool, float, int, float]:

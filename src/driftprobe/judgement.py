@@ -239,10 +239,17 @@ class TieFlip:
     """By how much prefill preferred those that left: the largest difference of their logits in prefill."""
     allowed: float
     """How far rounding can move such a difference."""
+    earlier: bool = False
+    """Whether it is the choice of an earlier token, of which the trace holds no more than its cache rows."""
 
     @property
     def words(self) -> str:
         """The flip in a sentence."""
+        if self.earlier:
+            return (
+                f"an earlier token's experts: the cache rows of layer {self.layer} are not prefill's, and are with its "
+                "choice of experts put in; a near tie, whose margin nobody recorded"
+            )
         left, came = (", ".join(map(str, experts)) for experts in (self.left, self.came))
         return (
             f"a near tie between experts that rounding flips: at layer {self.layer} decode chose {came} where prefill "

@@ -28,6 +28,9 @@ SUM_ERRORS = 4.0
 COARSE = UNIT_ROUNDOFF["float16"]
 """Dtypes from this roundoff up are tested locally; finer ones round as their sums do, which the floor measures."""
 
+_SUBNORMAL = {"float16": 2.0**-24, "float8_e4m3fn": 2.0**-9, "float8_e5m2": 2.0**-16}
+"""Smallest positive number of a dtype whose range is so narrow that results fall below it."""
+
 Place = tuple[int, int | None, str]
 """Step, layer, tensor."""
 
@@ -80,6 +83,12 @@ class Bench:
         dtypes += [dtype for name, dtype in self.facts.casts.items() if name not in BY_NAME]
         return max(UNIT_ROUNDOFF[dtype] for dtype in dtypes if dtype in UNIT_ROUNDOFF)
 
+    def smallest(self, place: Place) -> float:
+        """Return the distance of the smallest numbers of what is stored: below it nothing is rounded relatively."""
+        pair = self.pairs[place]
+        dtypes = {pair.reference.dtype, pair.candidate.dtype, self.facts.dtype}
+        return max(_SUBNORMAL.get(dtype or "", 0.0) for dtype in dtypes)
+
     def constant(self, layer: int | None, name: str) -> Float64 | None:
         """Return a constant of the model, or None where the trace has none of this name."""
         record = self.constants.get((layer, name))
@@ -117,7 +126,7 @@ def own_rounding(pair: Pair, on: Bench) -> Local | None:
     if not all(on.pairs[source].drift.equal for source in inputs):
         return None
     p, d = (on.payloads.get(r) for r in (record, pair.candidate))
-    if p is None or d is None or p.shape != d.shape:
+    if p is None or d is None or p.shape != d.shape or not p.size:
         return None
     d = without_shift(p, d) if record.tensor == SCORES else d
     return _measured(place, to_float64(p), to_float64(d), on.roundoff(place), on, spread, inputs)
@@ -130,7 +139,7 @@ def _measured(
     seen = np.isfinite(p) & np.isfinite(d)
     if size is None or not seen.any() or not (seen | (p == d)).all():
         return None
-    unit = u * size.products[seen] + size.sums * _rms(p[seen])
+    unit = u * size.products[seen] + size.sums * _rms(p[seen]) + on.smallest(place)
     gaps = np.abs(d - p, where=seen, out=np.zeros_like(p))[seen]
     return Local(_in_units(gaps, unit), tuple(source[2] for source in inputs))
 
@@ -293,7 +302,7 @@ def _scores(place: Place, p: Float64, on: Bench) -> _Size | None:
     step, layer, _ = place
     q, k = on.reference(step, layer, "q_rope"), on.reference(step, layer, "k_cache")
     q = on.reference(step, layer, "q_proj") if q is None else q
-    if q is None or k is None or q.shape[-1] != k.shape[-1] or p.shape[-1] != k.shape[0]:
+    if q is None or k is None or not _of_heads(q, k) or q.shape[-1] != k.shape[-1] or p.shape[-1] != k.shape[0]:
         return None
     heads = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
     terms = np.sqrt(np.einsum("hd,shd->hs", np.square(q[0]), np.square(heads)))
@@ -307,10 +316,21 @@ def _context(place: Place, p: Float64, on: Bench) -> _Size | None:
     """Return the error of the weighted values: of the result, and of probabilities that are stored before."""
     step, layer, _ = place
     probs, v = on.reference(step, layer, "attn_probs"), on.reference(step, layer, "v_cache")
-    if probs is None or v is None or p.shape[-1] != v.shape[-1] or probs.shape[-1] != v.shape[0]:
+    if probs is None or v is None or not _of_heads(probs, v):
+        return None
+    if p.shape[-1] != v.shape[-1] or probs.shape[-1] != v.shape[0]:
         return None
     heads = np.repeat(np.abs(v), probs.shape[1] // v.shape[1], axis=1)
     return _Size(2 * np.abs(p) + np.einsum("hs,shd->hd", probs[0], heads)[None], _sum_roundoff(on.facts))
+
+
+def _of_heads(queries: Float64, rows: Float64) -> bool:
+    """Whether `[1, H, …]` belongs to cache rows `[S, G, D]`: each KV head serves as many query heads."""
+    return (
+        queries.ndim == rows.ndim == 3
+        and 0 < rows.shape[1] <= queries.shape[1]
+        and not queries.shape[1] % rows.shape[1]
+    )
 
 
 def _inner(_place: Place, p: Float64, _on: Bench) -> _Size:

@@ -221,7 +221,10 @@ def _pooled(tensor: str, variant: _Variant, items: list[_Projection], on: Bench)
     if abs(z) < MIN_Z or abs(share) < MIN_SHARE * _coarsest(items[0].place, on):
         return None
     first = _first_of(items, share).place
-    cause, parameters = _NAMES[tensor](share, first, on)
+    named = _NAMES[tensor](share, first, on)
+    if named is None:
+        return None
+    cause, parameters = named
     if isinstance(variant, int):
         cause, parameters = "cache_head_scale", {"head": variant, "factor": 1.0 + share}
     return Match(
@@ -248,15 +251,21 @@ def _first_of(items: list[_Projection], share: float) -> _Projection:
     return next((item for z, item in clear if z > 2), max(clear, key=lambda pair: pair[0])[1] if clear else items[0])
 
 
-_Named = Callable[[float, Place, Bench], tuple[str, Parameters]]
+_Named = Callable[[float, Place, Bench], tuple[str, Parameters] | None]
+"""The cause that a change along a direction has, with its parameter; None where it has none."""
 
 
 def _factor(cause: str) -> _Named:
     return lambda share, _place, _on: (cause, {"factor": 1.0 + share})
 
 
-def _epsilon(share: float, place: Place, on: Bench) -> tuple[str, Parameters]:
-    """Return the change of epsilon that scales a norm's result by 1 + share: (ms + e)/(1 + share)² − (ms + e)."""
+def _epsilon(share: float, place: Place, on: Bench) -> tuple[str, Parameters] | None:
+    """Return the change of epsilon that scales a norm's result by 1 + share: (ms + e)/(1 + share)² − (ms + e).
+
+    None where nothing is left of the result: no epsilon does that.
+    """
+    if share <= -1.0:
+        return None
     given = next((on.reference(*source) for source in sources(place, on.pairs)), None)
     epsilon = on.constant(place[1], f"{place[2]}.eps")
     square = 0.0 if given is None else float(np.square(given).mean())

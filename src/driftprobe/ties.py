@@ -13,10 +13,10 @@ import numpy as np
 
 from driftprobe.compare import Pair, PayloadSource
 from driftprobe.fingerprint import Float64, sketch_signs, to_float64
-from driftprobe.floor import Controls, Floor, is_extension
+from driftprobe.floor import Controls, Floor, is_extension, is_turned
 from driftprobe.impact import rounding_of_difference
 from driftprobe.judgement import TieFlip
-from driftprobe.taps import ExecutionOrder, execution_order
+from driftprobe.taps import CACHE_TAPS, ExecutionOrder, execution_order
 from driftprobe.trace import Record
 
 Place = tuple[int | None, str]
@@ -34,17 +34,26 @@ class Settled:
 
 
 def settle(
-    pairs: Sequence[Pair], forced: Sequence[Pair], floors: dict[Place, Floor], payloads: PayloadSource
+    pairs: Sequence[Pair],
+    forced: Sequence[Pair],
+    floors: dict[Place, Floor],
+    payloads: PayloadSource,
+    *,
+    earlier: bool = False,
 ) -> Settled:
     """Return what is to be compared of a decode arm, with the flips in it that rounding explains.
 
     `forced` are arm T's pairs, or none. The first other choice that rounding does not explain ends the search: it is
-    a failure where it stands.
+    a failure where it stands. `earlier` allows for the choices of earlier tokens, which show in the cache alone: rows
+    behind a router that fail in this arm and agree in arm T. It is not asked for where rounding is too small for ties.
     """
-    first = _first_flip(pairs, floors, payloads)
-    if first is None:
+    first, at = _first_flip(pairs, floors, payloads), None
+    if first is not None:
+        at = (first.step, execution_order(first.layer, IDS))
+    elif earlier:
+        first, at = _earlier_flip(pairs, forced, floors)
+    if first is None or at is None:
         return Settled(tuple(pairs))
-    at = (first.step, execution_order(first.layer, IDS))
     before = tuple(pair for pair in pairs if _order(pair) < at)
     if not forced:
         return Settled(before, (first,), aligned=False)
@@ -60,10 +69,32 @@ def settle(
     )
 
 
+def _earlier_flip(
+    pairs: Sequence[Pair], forced: Sequence[Pair], floors: dict[Place, Floor]
+) -> tuple[TieFlip, tuple[int, ExecutionOrder]] | tuple[None, None]:
+    """Return the flip of an earlier token that the first failing cache rows show, and where; None where they do not."""
+    first = min((pair for pair in pairs if _fails(pair, floors)), key=_order, default=None)
+    if first is None or first.reference.tensor not in CACHE_TAPS:
+        return None, None
+    routed = any(pair.reference.tensor == IDS and _order(pair) < _order(first) for pair in pairs)
+    with_choice = next((pair for pair in forced if _order(pair) == _order(first)), None)
+    if not routed or with_choice is None or with_choice.drift.at_least is None or _fails(with_choice, floors):
+        return None, None
+    return TieFlip(first.reference.step, first.reference.layer, (), (), 0.0, 0.0, earlier=True), _order(first)
+
+
+def _fails(pair: Pair, floors: dict[Place, Floor]) -> bool:
+    floor, drift = floors.get((pair.reference.layer, pair.reference.tensor)), pair.drift.at_least
+    return floor is not None and drift is not None and drift > floor.limit
+
+
 def without_flips(controls: Controls, bounds: dict[Place, Floor], payloads: PayloadSource) -> Controls:
-    """Return controls, each longer prefill cut off at its first tie flip: behind it nothing is expected to agree."""
+    """Return controls, each longer prefill and turned knob cut off at its first tie flip.
+
+    Behind a flip nothing is expected to agree.
+    """
     return {
-        arm: settle(pairs, (), bounds, payloads).pairs if is_extension(arm) else pairs
+        arm: settle(pairs, (), bounds, payloads).pairs if is_extension(arm) or is_turned(arm) else pairs
         for arm, pairs in controls.items()
     }
 

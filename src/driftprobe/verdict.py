@@ -96,13 +96,14 @@ def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
     controls = without_shifts(controls, measure_floors(trace.header, pairs, controls, frozenset(local)))
     floors = measure_floors(trace.header, pairs, controls, frozenset(local))
     forced = pair(trace, "P", "T", payloads).matched if any(r.arm == "T" for r in trace.records) else ()
-    settled = settle(decode.matched, forced, floors.by_place, payloads)
+    rounds = not trace.header.rung or bool(trace.header.engine.casts)  # at a rung without casts no near tie flips
+    settled = settle(decode.matched, forced, floors.by_place, payloads, earlier=rounds)
     behind = settle(aligned.matched, (), floors.by_place, payloads)
     cells, aligned_cells = (pass_shifts(_cells(found.pairs, floors, trace, payloads)) for found in (settled, behind))
     strangers = tuple(r for r in trace.records if r.arm not in (*_COMPARED, CONSTANTS) and not is_control(r.arm))
     evidence = Evidence(trace, decode, aligned, strangers, controls, floors, cells)
     gates = pass_gates(evidence)
-    failures = _failures(cells, controls, floors, local)
+    failures = _failures(cells, controls, floors, local, ties=rounds)
     shut = any(not gate.passed for gate in gates)
     reading = Reading.NONE if shut else _reading(cells, aligned_cells)
     verdict, reason = _decide(gates, cells, failures, reading, settled)
@@ -206,7 +207,7 @@ def _status(drift: Drift, floor: Floor) -> Status:
 
 
 def _failures(
-    cells: Sequence[Cell], controls: Controls, floors: Floors, local: dict[str, list[tuple[Pair, float]]]
+    cells: Sequence[Cell], controls: Controls, floors: Floors, local: dict[str, list[tuple[Pair, float]]], *, ties: bool
 ) -> tuple[Failure, ...]:
     """Return the failures of decode and of guilty controls: earliest step first, each step in execution order.
 
@@ -217,7 +218,7 @@ def _failures(
         _failure(item, floors.bounds[(item.reference.layer, item.reference.tensor)], item.candidate.phase)
         for arm, pairs in controls.items()
         if _is_held(arm)
-        for item in _beyond(pairs, floors)
+        for item in _beyond(pairs, floors, ties)
     ]
     known = {(f.arm, f.step, f.layer, f.tensor) for f in guilty}
     guilty += [
@@ -229,16 +230,16 @@ def _failures(
     return tuple(sorted((*decode, *guilty), key=_order))
 
 
-def _beyond(pairs: Sequence[Pair], floors: Floors) -> list[Pair]:
+def _beyond(pairs: Sequence[Pair], floors: Floors, ties: bool) -> list[Pair]:
     """Return a control's pairs that rounding does not explain.
 
-    None where they begin with cache rows behind a choice of experts: an earlier token's near tie, which nobody
-    recorded, may have flipped there, and its rows are honestly others.
+    None where rounding is large enough for near `ties`, and they begin with cache rows behind a choice of experts: an
+    earlier token's tie, which nobody recorded, may have flipped there, and its rows are honestly others.
     """
     found = [item for item in pairs if not innocent(item, floors)]
     first = min(found, key=_pair_order, default=None)
     routed = min((_pair_order(item) for item in pairs if item.reference.tensor == "expert_ids"), default=None)
-    flipped = first is not None and first.reference.tensor in CACHE_TAPS and routed is not None
+    flipped = ties and first is not None and first.reference.tensor in CACHE_TAPS and routed is not None
     return [] if flipped and first is not None and routed is not None and routed < _pair_order(first) else found
 
 

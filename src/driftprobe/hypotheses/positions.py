@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -62,6 +63,8 @@ def _other_agrees(scene: Scene, letter: str) -> bool:
 def _of_position(scene: Scene, rotary: Rotary, position: int, before: Float64, after: Float64, letter: str,
                  *, alone: bool) -> Iterator[Prediction]:  # fmt: skip
     found = _position(rotary, before, after, position)
+    if not math.isfinite(found.value):
+        return
     whole = round(found.value)
     if abs(found.value - whole) > max(4.0 * found.error, 1e-6 * max(position, 1)):
         factor = found.value / position if position else 0.0
