@@ -21,7 +21,7 @@ from driftprobe.fingerprint import UNIT_ROUNDOFF, Float64, to_float64
 from driftprobe.taps import BY_NAME, CACHE_TAPS
 from driftprobe.trace import CONSTANTS, EngineFacts, Record, Trace
 
-LOCAL_LIMIT = 2.0
+LOCAL_LIMIT = 1.5
 """Excess above which an op differs by more than its own rounding (docs/decisions/0004-local-test.md)."""
 SUM_ERRORS = 4.0
 """Standard deviations allowed to a sum of K products, each √K·s of the result (Higham and Mary 2019)."""
@@ -312,6 +312,26 @@ def _scores(place: Place, p: Float64, on: Bench) -> _Size | None:
     return _Size(2 * np.where(seen, np.abs(p[0]), 0.0)[None] + abs(scale) * terms[None], _sum_roundoff(on.facts))
 
 
+def _probabilities(place: Place, p: Float64, on: Bench) -> _Size:
+    """Return the error of a softmax: of the result, and of scores that were rounded where nobody saw them.
+
+    Scores that were recomputed may stand for ones that the kernel has stored: exp turns a rounding of u·|s| into that
+    share of the probability.
+    """
+    step, layer, _ = place
+    pair = on.pairs.get((step, layer, SCORES))
+    scores = on.reference(step, layer, SCORES)
+    sums = SUM_ERRORS * _sum_roundoff(on.facts)
+    if pair is None or scores is None or scores.shape != p.shape or "recomputed" not in _sources_of(pair):
+        return _Size(2 * np.abs(p), sums)
+    known = np.where(np.isfinite(scores), np.abs(scores), 0.0)
+    return _Size(np.abs(p) * (2 + known + (p * known).sum(axis=-1, keepdims=True)), sums)
+
+
+def _sources_of(pair: Pair) -> tuple[str, str]:
+    return pair.reference.source, pair.candidate.source
+
+
 def _context(place: Place, p: Float64, on: Bench) -> _Size | None:
     """Return the error of the weighted values: of the result, and of probabilities that are stored before."""
     step, layer, _ = place
@@ -349,12 +369,12 @@ def _sum_roundoff(facts: EngineFacts) -> float:
 
 
 _SPREADS: dict[str, _Spread] = {
-    **dict.fromkeys(("attn_norm", "q_norm", "k_norm", "ffn_norm", "final_norm", "attn_probs"), _stored),
+    **dict.fromkeys(("attn_norm", "q_norm", "k_norm", "ffn_norm", "final_norm", "x_in"), _stored),
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "attn_out", "router_logits", "logits"), _product),
     **dict.fromkeys(("q_rope", "k_rope"), _rotation),
     **dict.fromkeys(("mlp_out", "mixer_out"), _inner),
     **dict.fromkeys(("x_mid", "x_out"), _sum),
-    "x_in": _stored,
+    "attn_probs": _probabilities,
     "attn_scores": _scores,
     "attn_ctx": _context,
 }

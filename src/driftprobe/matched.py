@@ -24,8 +24,8 @@ from driftprobe.fingerprint import UNIT_ROUNDOFF, Float64
 from driftprobe.local import Bench, Place, coarse, coarser_cache, sources
 from driftprobe.taps import CACHE_TAPS
 
-MIN_Z = 6.0
-"""Standard errors from which a projection is no accident: 2e-9 two-sided; a run makes some ten projections."""
+MIN_Z = 5.0
+"""Standard errors from which a projection is no accident: 6e-7 two-sided; a run makes some ten projections."""
 ROUNDINGS = 0.82
 """Standard deviation of the difference of two roundings, each uniform within a unit roundoff: √(2/3)."""
 MIN_SHARE = 1 / 4
