@@ -171,9 +171,9 @@ def test_a_scale_below_the_floor_is_found_by_its_direction(tensor, cause, factor
 
 
 def test_the_pool_finds_what_one_layer_cannot():
-    one = judged(both(at("attn_scores", times(1.0012), 0), behind("x_out")))
+    one = judged(both(at("attn_scores", times(1.00105), 0), behind("x_out")))
     assert not one.matches
-    change = both(*(at("attn_scores", times(1.0012), layer) for layer in range(8)), behind("x_out"))
+    change = both(*(at("attn_scores", times(1.00105), layer) for layer in range(8)), behind("x_out"))
     many = judged(change, layers=8)
     assert [m.tensor for m in many.matches] == ["attn_scores"]
     assert len(many.matches[0].places) == 8
