@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import models
 from driftprobe import probe
 from driftprobe.floor import BOUND_WITH_NOISE, BOUND_WITHOUT_NOISE, LIMIT, SUM_BOUND
+from driftprobe.local import LOCAL_LIMIT
 from driftprobe.payload import Payloads
 from driftprobe.trace import Trace
 from driftprobe.verdict import judge
@@ -50,6 +51,8 @@ class Tally:
     """Of those, taps where every control E is prefill's bit for bit."""
     idle: int = 0
     """Taps where a control E is not prefill's and decode's bits are."""
+    local: list[float] = field(default_factory=list)
+    """Largest excess of the local test in each prompt where it could be made (bfloat16 and float16)."""
 
 
 def main() -> None:
@@ -82,9 +85,10 @@ def _measure(tally: Tally, name: str, kernel: str, dtype: str, *, spread: bool, 
     model = models.build(name, attn=kernel, dtype=dtype, spread=spread, seed=seed)
     lengths, steps = ((2, 33), 1) if quick else ((1, 16, 33), 2)
     prompts = {f"n{length}": models.tokens(length, seed) for length in lengths}
-    result = probe(model, prompts, mode="kv_aligned", steps=steps, seed=seed, payload="all")
+    result = probe(model, prompts, mode="kv_aligned", steps=steps, seed=seed, payload="all", ladder="off")
     payloads = Payloads(result.folder)
     for trace in result.traces:
+        tally.local += _local(trace, payloads)
         _add(tally.with_noise, trace, payloads, tally.verdicts, f"{name} {kernel} {dtype} spread={spread} seed={seed}")
         quiet = tuple(record for record in trace.records if not record.arm.startswith("N"))
         reads = tuple(read for read in trace.header.reads if not read.arm.startswith("N"))
@@ -105,6 +109,12 @@ def _add(
         print(f"{judged.verdict.value}: {where} {judged.prompt}: {judged.reason}", flush=True)
 
 
+def _local(trace: Trace, payloads: Payloads) -> list[float]:
+    judged = next(iter(judge([trace], payloads).modes.values())).prompts[0]
+    found = [cell.local.excess for cell in (*judged.cells, *judged.aligned_cells) if cell.local is not None]
+    return [max(found)] if found else []
+
+
 def _compare_controls(tally: Tally, trace: Trace) -> None:
     hashes: dict[Place, dict[str, str]] = defaultdict(dict)
     for record in trace.records:
@@ -122,12 +132,16 @@ def _compare_controls(tally: Tally, trace: Trace) -> None:
 def _print_excess(tallies: dict[tuple[str, str], Tally]) -> None:
     print(f"\nlargest excess of a clean run (LIMIT {LIMIT:g}); floor at least {BOUND_WITH_NOISE:g} u with arms N, "
           f"({BOUND_WITHOUT_NOISE:g} u + {SUM_BOUND:g} u of sums)·√(1+layer) without")  # fmt: skip
-    print("| dtype | kernel | runs | with N: median | p99 | max | without N: median | p99 | max | verdicts |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(f"local: largest excess over an op's own rounding (LOCAL_LIMIT {LOCAL_LIMIT:g}), where it could be tested")
+    print(
+        "| dtype | kernel | runs | with N: median | p99 | max | without N: median | p99 | max | local: max | verdicts |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for (dtype, kernel), tally in tallies.items():
         figures = " | ".join(_figures(found) for found in (tally.with_noise, tally.without_noise))
         verdicts = ", ".join(f"{count} {word}" for word, count in sorted(tally.verdicts.items()))
-        print(f"| {dtype} | {kernel} | {len(tally.with_noise)} | {figures} | {verdicts} |")
+        local = f"{max(tally.local):.2g}" if tally.local else "–"
+        print(f"| {dtype} | {kernel} | {len(tally.with_noise)} | {figures} | {local} | {verdicts} |")
 
 
 def _figures(found: list[float]) -> str:
