@@ -282,3 +282,18 @@ def test_a_norm_that_gives_nothing_is_no_epsilon():
     found = judged(both(at("attn_norm", lambda array: array * 0), drifting(0.5, start=(0, "q_proj"))))
     assert found.verdict is Verdict.MISMATCH
     assert "norm_epsilon" not in {match.cause for match in found.matches}
+
+
+def test_a_declared_cache_may_lean_as_its_grid_does():
+    """Rounding to few steps takes small elements to zero: all of them towards it, and no scale is wrong."""
+
+    def to_int8(array: Array) -> Array:
+        values = array.astype(np.float64)
+        step = np.abs(values).max(axis=-1, keepdims=True) / 60
+        return (np.trunc(values / step) * step).astype(array.dtype)
+
+    change = both(*(at("k_cache", to_int8, layer) for layer in range(4)), behind("x_out"))
+    trace, arrays = toy(change, layers=4, dtype=BF16, facts={**FACTS, "casts": {"k_cache": "int8"}})
+    assert not judge_trace(trace, arrays).matches
+    undeclared, more = toy(change, layers=4, dtype=BF16, facts=dict(FACTS))
+    assert judge_trace(undeclared, more).verdict is Verdict.MISMATCH

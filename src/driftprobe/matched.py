@@ -97,9 +97,9 @@ def _projections(place: Place, on: Bench) -> Iterator[tuple[_Variant, _Projectio
     p, gap = on.reference(*place), _difference(place, on)
     if p is None or gap is None or gap.shape != p.shape:
         return
+    if place[2] in CACHE_TAPS | set(_TURNED) and coarser_cache(on.facts):
+        return  # a grid of few steps takes small elements to zero, which is a direction; a latent comes back from it
     if place[2] in _TURNED:
-        if coarser_cache(on.facts):  # a latent comes back from the cache before it is rotated
-            return
         for pairing, direction, size in _turns(place, p, on):
             yield from _projected(pairing, place, gap, direction, size)
         return
