@@ -182,8 +182,8 @@ def _criteria(judgement: Judgement) -> str:
         Verdict.STRUCTURAL_DRIFT: "Drift explained by seq_len/cache semantics: "
         f"it exists, and stays within {LIMIT:g} × the floor everywhere",
         Verdict.MISMATCH: "Evidence of unexpected inconsistency (bug): "
-        f"a drift beyond {LIMIT:g} × the floor, here or on the precision ladder; an op with equal inputs beyond its own "
-        "rounding; or a change along a fault's direction that rounding does not make; all gates open",
+        f"a drift beyond {LIMIT:g} × the floor, here or on the precision ladder; an op with equal inputs beyond its "
+        "own rounding; or a change along a fault's direction that rounding does not make; all gates open",
         Verdict.NOT_AVAILABLE: "Trace incomplete or not comparable (KV alignment not available): a gate is shut, "
         "or a difference cannot be sized",
     }
