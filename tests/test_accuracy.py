@@ -15,6 +15,7 @@ pytest.importorskip("scipy")
 
 import ml_dtypes
 
+from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import cases, models, report, run, score, store, truth
 from benchmarks.accuracy.benign import BENIGN
 from benchmarks.accuracy.cases import Case
@@ -221,6 +222,55 @@ def test_what_is_not_as_it_must_be_is_a_miss() -> None:
     assert [kind for kind, _, _ in score.misses(scored)] == [f"false alarm ({BLACK_BOX})"]
     assert score.targets(scored)[0].reached.hits == 1
     assert harmless.id in report.markdown(scored, "", 0)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "wanted"),
+    [
+        ((True, False), (True, False), ""),
+        ((True, False), (True, True), score.FEWER),
+        ((True, False), (False, False), score.MORE),
+        ((True, True), (False, False), ""),
+        ((False, False), (True, True), ""),
+    ],
+)
+def test_a_rule_is_beaten_by_more_found_or_fewer_alarms_and_not_by_as_much(
+    ours: tuple[bool, bool], theirs: tuple[bool, bool], wanted: str
+) -> None:
+    said = {"black_box": Answer("MISMATCH", detected=ours[0]), "rules": {"hash equality": RuleAnswer(theirs[0])}}
+    harmless = Case("benign", "threads", "llama", "float32", "eager", 17, 1, 0)
+    quiet = Outcome(harmless.id, OK, wanted=Wanted("no MISMATCH"), black_box=Answer("", detected=ours[1]),
+                    rules={"hash equality": RuleAnswer(theirs[1])})  # fmt: skip
+    scored = [Scored(CASE, replace(outcome(CASE), **said)), Scored(harmless, quiet)]  # type: ignore[arg-type]
+    name, _, _, how = score.beaten(scored)[[rule.name for rule in RULES].index("hash equality")]
+    assert (name, how) == ("hash equality", wanted)
+    line = next(x for x in report.markdown(scored, "", 0).splitlines() if x.startswith("| beats hash equality"))
+    assert line.endswith(f"| met: {wanted} |" if wanted else "| **missed** |")
+
+
+def test_the_page_lists_what_is_missed_with_the_ladder_off_and_says_what_it_stands_on() -> None:
+    coarse = replace(CASE, dtype="bfloat16")
+    missed = replace(
+        outcome(coarse, floors=0.2), black_box=Answer("STRUCTURAL_DRIFT"), ladder=Answer("", detected=True)
+    )
+    faint = replace(missed, floors=0.05)
+    scored = [Scored(coarse, missed), Scored(coarse, faint), Scored(CASE, replace(missed, case=CASE.id))]
+    assert score.faint_misses(scored) == [(scored[0], missed.black_box)]
+    page = report.markdown(scored, "driftprobe 1, git commit abc1234, sources 0123", 997)
+    assert "| attn_scale | 1 |" in page.partition("### Ladder off")[2]
+    for words in ("git commit abc1234, sources 0123", "3 of the full set's 1,000 cases are measured",
+                  "decisions/0003-limit.md", "`P@threads` and `D@threads` are left out"):  # fmt: skip
+        assert words in page
+
+
+def test_the_page_names_the_commit_of_the_sources_that_were_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert f"sources {store.digest()}" in command.versions()
+    assert command.versions("0123", "abc1234").endswith("git commit abc1234, sources 0123")
+    assert command.versions("0123").endswith("git commit unknown, sources 0123")
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    assert "git commit unknown" in command.versions()
 
 
 def test_a_stopped_measurement_goes_on_where_it_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -351,7 +351,15 @@ def test_the_faults_are_listed_by_family(tmp_path):
     [
         (("--fault", "rope_plus"), "unknown fault", "rope_plus_one"),
         (("--fault", "rope_reset", "--fault-strength", "3"), "this fault has no strength", "--fault-strength 3"),
-        (("--boundaries", "--longest", "0"), "nothing to probe", "1 token or more"),
+        (("--fault-strength", "1.5"), "a strength of no fault", "1.5"),
+        (("--fault", "attn_scale", "--fault-strength", "nan"), "a strength that is no finite number", "nan"),
+        (("--boundaries", "--longest", "1"), "nothing to probe", "2 tokens or more"),
+        (("--boundaries", "--longest", "-3"), "nothing to probe", "-3"),
+        (("--self-test", "--fault", "rope_reset"), "the self-test does not have", "--fault"),
+        (("--self-test", "--prompts", "p0_short", "--steps", "2"), "the self-test does not have", "--prompts, --steps"),
+        (("--self-test", "--mode", "both", "--layers", "0"), "the self-test does not have", "--mode, --layers"),
+        (("--self-test", "--prompt", "a", "--boundaries"), "the self-test does not have", "--prompt, --boundaries"),
+        (("--self-test", "--prompt-file", "p.json"), "the self-test does not have", "--prompt-file"),
     ],
 )
 def test_wrong_faults_and_lengths_say_so(tmp_path, arguments, what, measured):

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from driftprobe.judgement import Judgement, Verdict
+from driftprobe.judgement import Diagnosis, Judgement, Verdict
 from driftprobe.report import REPORTS, final_report, render_all, tsv, verdict_json
 from driftprobe.report.evidence import EvidenceRow, evidence_matrix
 from driftprobe.report.snippets import MAX_WORDS, shorten, snippets
@@ -202,6 +202,29 @@ def test_verdict_json_names_the_failure_and_the_shut_gates() -> None:
     shut = json.loads(verdict_json.render(*run(WRONG_TOKEN)))["modes"]["kv_aligned"]
     assert [gate["name"] for gate in shut["gates"]["p0_short"]] == ["aligned"]
     assert shut["first_failure"] is None
+
+
+def test_verdict_json_has_the_cause_for_programs() -> None:
+    judgement, traces = run(FAULT)
+    assert (
+        json.loads(verdict_json.render(judgement, traces))["modes"]["kv_aligned"]["first_failure"]["diagnosis"] is None
+    )
+    mode = judgement.modes["kv_aligned"]
+    assert mode.first_failure is not None
+    parameters = {"factor": float("nan"), "heads": (0, 2)}
+    found = Diagnosis("score_scale", parameters, 0, "attn_scores", float("inf"), 0.998, z=12.5, side="decode")
+    failing = replace(mode, first_failure=replace(mode.first_failure, diagnosis=found))
+    told = replace(judgement, modes={**judgement.modes, "kv_aligned": failing})
+    body = json.loads(verdict_json.render(told, traces))["modes"]["kv_aligned"]["first_failure"]["diagnosis"]
+    assert body == {
+        "cause": "score_scale", "parameters": {"factor": "nan", "heads": [0, 2]}, "layer": 0, "tensor": "attn_scores",
+        "residual": "inf", "explained": 0.998, "side": "decode", "z": 12.5,
+    }  # fmt: skip
+    unsure = replace(found, side="", z=None)
+    failing = replace(mode, first_failure=replace(mode.first_failure, diagnosis=unsure))
+    body = json.loads(verdict_json.render(replace(judgement, modes={"kv_aligned": failing}), traces))
+    told_of = body["modes"]["kv_aligned"]["first_failure"]["diagnosis"]
+    assert (told_of["side"], told_of["z"]) == (None, None)
 
 
 def test_non_finite_numbers_are_words() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,10 +31,12 @@ from benchmarks.accuracy.score import Scored  # noqa: E402
               help="Where outcomes are kept between runs.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default=ROOT / "docs", help="Where the two files go.")
 @click.option("--report-only", is_flag=True, help="Measure nothing; write the files from what is there.")
+@click.option("--sources", help="With --report-only: the digest of the sources that were measured. Default: these.")
+@click.option("--commit", help="With --sources: the git commit that holds them.")
 @click.option("--replay", metavar="ID", help="Run one case and print all of it.")
 def main(
     quick: bool, sample: int | None, only: tuple[str, ...], limit: int | None, jobs: int, results: Path, out: Path,
-    report_only: bool, replay: str | None,
+    report_only: bool, sources: str | None, commit: str | None, replay: str | None,
 ) -> None:  # fmt: skip
     """Run the command."""
     if replay is not None:
@@ -43,12 +46,14 @@ def main(
     among = everything if sample is None or quick else cases.sample(sample)
     chosen = [case for case in among if not only or any(text in case.id for text in only)][:limit]
     console = Console(stderr=True)
+    if (sources or commit) and not report_only:
+        raise click.UsageError("--sources and --commit go with --report-only: what is measured is what is here")
     if report_only:
-        done = store.read(results, store.digest())
+        done = store.read(results, sources or store.digest())
     else:
         done = _run(chosen, results, jobs, console)
     scored = [Scored(case, done[case.id]) for case in chosen if case.id in done]
-    report.write(scored, versions(), len(everything) - len(scored), out)
+    report.write(scored, versions(sources, commit), len(everything) - len(scored), out)
     console.print(f"{len(scored)} of {len(everything)} cases in {out / 'accuracy.md'}")
 
 
@@ -68,14 +73,33 @@ def _run(chosen: list[Case], results: Path, jobs: int, console: Console) -> dict
         return run.run(chosen, results, jobs, told)
 
 
-def versions() -> str:
-    """Return what was measured with."""
+def versions(sources: str | None = None, commit: str | None = None) -> str:
+    """Return what was measured, and with what: versions, git commit, digest of the sources.
+
+    Sources that are not those of this checkout have the commit that they are said to have, or an unknown one.
+    """
     from importlib.metadata import version
 
     from driftprobe.version import __version__
 
     names = ("torch", "transformers", "numpy")
-    return ", ".join([f"driftprobe {__version__}", *(f"{name} {version(name)}" for name in names)])
+    found = [f"driftprobe {__version__}", *(f"{name} {version(name)}" for name in names)]
+    here = store.digest()
+    if commit is None:
+        commit = _commit() if sources in {None, here} else "unknown"
+    return ", ".join([*found, f"git commit {commit}", f"sources {sources or here}"])
+
+
+def _commit() -> str:
+    """Return the checkout's commit, with `+` where its files differ from it; `unknown` without a checkout."""
+    try:
+        found = [
+            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", *store.SOURCES])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found[0] + ("+" if found[1] else "")
 
 
 def _replay(case_id: str) -> None:

@@ -16,6 +16,8 @@ from benchmarks.accuracy.rules import RULES
 BLACK_BOX, LADDER = "driftprobe, ladder off", "driftprobe"
 VISIBLE = 100.0
 """A fault counts as one that must be seen where it changes some tap by more than this many times the roundoff."""
+FAINT = 0.1
+"""The least strength in floors that the bar asks of a coarse dtype with the ladder off."""
 BINS = (("< 0.1", 0.0, 0.1), ("0.1–1", 0.1, 1.0), ("1–10", 1.0, 10.0), ("> 10", 10.0, float("inf")))
 
 
@@ -172,7 +174,7 @@ def targets(scored: Sequence[Scored]) -> list[Target]:
     seen = [item for item in ok if item.visible]
     coarse = [item for item in ok if item.is_fault and item.case.dtype != "float32" and item.outcome.floors is not None]
     loud = [item for item in coarse if (item.outcome.floors or 0.0) >= 1.0]
-    faint = [item for item in coarse if 0.1 <= (item.outcome.floors or 0.0) < 1.0]
+    faint = [item for item in coarse if FAINT <= (item.outcome.floors or 0.0) < 1.0]
     alarm = rate(len(alarms), len(harmless))
     return [
         Target("false alarms, clean and benign runs, with and without the ladder", "0 of at least 2,000", alarm,
@@ -197,21 +199,39 @@ def _share(
     return Target(what, aim, reached, reached.value is not None and reached.value >= least)
 
 
-def beaten(scored: Sequence[Scored]) -> list[tuple[str, Row, Row, bool]]:
-    """Return for each other rule its row, driftprobe's on the same cases, and whether that detects at least as much
-    with no more false alarms.
-    """
+MORE, FEWER = "more detected at no more alarms", "as many detected at fewer alarms"
+"""The two ways to be better than another rule; being as good as it is neither."""
+
+
+def beaten(scored: Sequence[Scored]) -> list[tuple[str, Row, Row, str]]:
+    """Return for each other rule its row, driftprobe's on the same cases, and how it is better: MORE, FEWER or not."""
     found = []
     for rule in RULES:
-        same = [s for s in scored if s.outcome.status == OK and s.answer(rule.name) is not None]
-        theirs, ours = row(rule.name, same), _row_of_best(same)
-        better = (ours.detection.value or 0.0) >= (theirs.detection.value or 0.0)
-        found.append((rule.name, theirs, ours, better and ours.false_alarms.hits <= theirs.false_alarms.hits))
+        asked_too = [s for s in scored if s.outcome.status == OK and s.answer(rule.name) is not None]
+        setting = LADDER if any(s.outcome.ladder is not None for s in asked_too) else BLACK_BOX
+        same = [s for s in asked_too if s.answer(setting) is not None]
+        theirs, ours = row(rule.name, same), row(setting, same)
+        found.append((rule.name, theirs, ours, _better(ours, theirs)))
     return found
 
 
-def _row_of_best(scored: Sequence[Scored]) -> Row:
-    return row(LADDER if any(s.outcome.ladder is not None for s in scored) else BLACK_BOX, scored)
+def _better(ours: Row, theirs: Row) -> str:
+    """Return how a row is better than another over the same cases, or an empty text."""
+    more, fewer = ours.detection.hits - theirs.detection.hits, theirs.false_alarms.hits - ours.false_alarms.hits
+    if more > 0 and fewer >= 0:
+        return MORE
+    return FEWER if more == 0 and fewer > 0 else ""
+
+
+def faint_misses(scored: Sequence[Scored]) -> list[tuple[Scored, Answer]]:
+    """Return the faults of 0.1 floors and more, in bfloat16 and float16, that are not detected with the ladder off."""
+    return [
+        (item, answer)
+        for item in scored
+        if item.outcome.status == OK and item.is_fault and item.case.dtype != "float32"
+        if (item.outcome.floors or 0.0) >= FAINT
+        if (answer := item.answer(BLACK_BOX)) is not None and not answer.detected
+    ]
 
 
 def misses(scored: Sequence[Scored]) -> list[tuple[str, Scored, Answer]]:

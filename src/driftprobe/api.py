@@ -317,8 +317,8 @@ def find_boundaries(engine: Engine, steps: int = 1, longest: int = LONGEST) -> B
 
     Raises UsageError where `longest` leaves none.
     """
-    if longest < 1:
-        raise UsageError("nothing to probe", where="--longest", measured=str(longest), allowed="1 token or more",
+    if longest < 2:  # a prompt of one token and the step's own
+        raise UsageError("nothing to probe", where="--longest", measured=str(longest), allowed="2 tokens or more",
                          next_step="leave --longest out, or give the longest total that is worth its time")  # fmt: skip
     facts = engine.facts
     return derive(facts.switches, max_positions=facts.max_positions, steps=steps, longest=longest)
@@ -340,14 +340,8 @@ def parse_mode(word: str) -> tuple[Mode, ...]:
 def _check_options(engine: Engine, options: RunOptions) -> None:
     if options.fault is not None:
         find_fault(options.fault)
-    if options.strength is not None and (options.fault is None or not math.isfinite(options.strength)):
-        raise UsageError("a strength of no fault", where="--fault-strength", measured=str(options.strength),
-                         allowed="a finite number, with --fault",
-                         next_step="name the fault (`driftprobe faults` lists strengths)")  # fmt: skip
-    if options.strength is not None and options.fault is not None and not find_fault(options.fault).unit:
-        raise UsageError("this fault has no strength", where=f"--fault {options.fault}",
-                         measured=f"--fault-strength {options.strength:g}", allowed="it is there or it is not",
-                         next_step="leave --fault-strength out")  # fmt: skip
+    if options.strength is not None:
+        _check_strength(options.fault, options.strength)
     if options.payload not in PAYLOADS:
         raise UsageError("unknown payload choice", where="--payload", measured=options.payload,
                          allowed=", ".join(PAYLOADS), next_step="choose one of them")  # fmt: skip
@@ -366,6 +360,20 @@ def _check_options(engine: Engine, options: RunOptions) -> None:
     if wrong or options.layers == ():
         raise UsageError("unknown layer", where="--layers", measured=", ".join(map(str, wrong)) or "none",
                          allowed=f"0 to {count - 1}, or all", next_step="choose layers that the model has")  # fmt: skip
+
+
+def _check_strength(fault: str | None, strength: float) -> None:
+    if fault is None:
+        raise UsageError("a strength of no fault", where="--fault-strength", measured=str(strength),
+                         allowed="only with --fault", next_step="name the fault with --fault")  # fmt: skip
+    if not find_fault(fault).unit:
+        raise UsageError("this fault has no strength", where=f"--fault {fault}",
+                         measured=f"--fault-strength {strength:g}", allowed="it is there or it is not",
+                         next_step="leave --fault-strength out")  # fmt: skip
+    if not math.isfinite(strength):
+        raise UsageError("a strength that is no finite number", where="--fault-strength", measured=str(strength),
+                         allowed="a finite number",
+                         next_step="choose one of those that `driftprobe faults` lists")  # fmt: skip
 
 
 def _reject_for_objects(dtype: str | None, attn: str | None) -> None:

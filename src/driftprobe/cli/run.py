@@ -85,6 +85,8 @@ def command(
     quiet: bool,
 ) -> None:
     """Run a model's prefill and decode on the same tokens and say whether they differ by arithmetic or by a bug."""
+    if self_test:
+        _check_alone()
     day = date or calendar.today().isoformat()
     root = place_of(out, day, name)
     options = RunOptions(
@@ -115,6 +117,27 @@ def command(
     code = show(result, console)
     console.print(f"  {'report:':<17}{(root / 'B3_66_V2_FINAL_REPORT.md').as_posix()}", soft_wrap=True)
     click.get_current_context().exit(code)
+
+
+_NOT_OF_SELF_TEST = {
+    "mode", "prompts", "texts", "prompt_file", "boundaries", "longest", "layers", "steps", "seed", "payload", "fault",
+    "strength",
+}  # fmt: skip
+
+
+def _check_alone() -> None:
+    """Refuse the options that a self-test has no use for: it chooses its own prompt, mode and faults."""
+    context = click.get_current_context()
+    given = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name in _NOT_OF_SELF_TEST
+        and context.get_parameter_source(option.name) is not click.core.ParameterSource.DEFAULT
+    ]
+    if given:
+        raise UsageError("an option that the self-test does not have", where="--self-test", measured=", ".join(given),
+                         allowed="--engine, --model, --dtype, --attn, --ladder, --date, --name, --out, --quiet",
+                         next_step=f"leave out {', '.join(given)}, or --self-test")  # fmt: skip
 
 
 def _prompts(engine: Engine, names: str | None, texts: tuple[str, ...], prompt_file: Path | None) -> list[Prompt]:

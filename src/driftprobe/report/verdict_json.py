@@ -9,6 +9,7 @@ from typing import Any
 
 from driftprobe.judgement import (
     Attention,
+    Diagnosis,
     Failure,
     Impact,
     Judgement,
@@ -46,7 +47,7 @@ def _finite(value: Any) -> Any:
     """Return a JSON value with every non-finite number as the word for it."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
@@ -131,8 +132,24 @@ def _failure(failure: Failure | None) -> _Object | None:
         "floor": failure.floor,
         "excess": failure.excess,
         "root_cause": failure.root_cause,
+        "diagnosis": _diagnosis(failure.diagnosis),
         "phase": failure.phase,
         "rung": failure.rung,
+    }
+
+
+def _diagnosis(found: Diagnosis | None) -> _Object | None:
+    if found is None:
+        return None
+    return {
+        "cause": found.cause,
+        "parameters": dict(found.parameters),
+        "layer": found.layer,
+        "tensor": found.tensor,
+        "residual": found.residual,
+        "explained": found.explained,
+        "side": found.side or None,
+        "z": found.z,
     }
 
 
