@@ -106,15 +106,14 @@ def test_a_prompt_that_does_not_fit_is_refused_in_five_parts(tokens, what, measu
     assert error.next_step
 
 
+def turned_plan(mode, steps):
+    """Return the plan of a prompt of three chunks, for an engine with both knobs."""
+    prompt = Prompt("p", tuple(range(1, 41)))
+    return make_plan(mode, prompt, steps=steps, seed=0, max_positions=99, knobs=("threads", "chunks"))
+
+
 def test_knobs_make_controls_of_their_own():
-    found = make_plan(
-        Mode.KV_ALIGNED,
-        Prompt("p", tuple(range(1, 41))),
-        steps=2,
-        seed=0,
-        max_positions=99,
-        knobs=("threads", "chunks"),
-    )
+    found = turned_plan(Mode.KV_ALIGNED, steps=2)
     (chunked,) = arms(found, "P@chunks")
     assert [(call.start, call.stop) for call in chunked.passes] == [(0, 16), (16, 32), (32, 42)]
     assert [(r.phase_name, r.step, r.position) for call in chunked.passes for r in call.reads] == [
@@ -149,12 +148,5 @@ def test_a_step_may_lie_in_a_chunk_before_the_last():
 def test_a_prompt_within_one_chunk_has_none_and_a_rung_turns_no_threads():
     short = make_plan(Mode.AS_DESIGNED, Prompt("p", (1, 2)), steps=1, seed=0, max_positions=99, knobs=("chunks",))
     assert not arms(short, "P@chunks")
-    long = make_plan(
-        Mode.AS_DESIGNED,
-        Prompt("p", tuple(range(1, 41))),
-        steps=1,
-        seed=0,
-        max_positions=99,
-        knobs=("threads", "chunks"),
-    )
+    long = turned_plan(Mode.AS_DESIGNED, steps=1)
     assert [arm.name for arm in at_rung(long, "float64").arms if "@" in arm.name] == ["P@chunks"]
