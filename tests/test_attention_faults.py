@@ -131,6 +131,13 @@ def test_more_steps_tell_an_offset_from_a_factor(fault: str, strength: float | N
     assert result.first_failure.diagnosis.cause == cause
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_offset_of_two_rounded_pairs_is_no_factor(dtype: str) -> None:
+    """GPT-NeoX turns 4 of a head's 16 dimensions; rounded, position 32 is found as 31.9998, and 0 is left over."""
+    found("gpt_neox", "rope_plus_one", dtype=dtype, length=31)
+    found("gpt_neox", "rope_scaling", 1.001, dtype="float16", length=31)
+
+
 @pytest.mark.parametrize(("name", "fault", "why"), [
     ("llama", "alibi_offset", "no linear biases"), ("llama", "sinks_lost", "no module has sinks"),
     ("llama", "softcap_missing", "no module has"), ("llama", "window_plus_one", "no layer with a sliding window"),
