@@ -68,21 +68,8 @@ def _measured(case: Case, folder: Path) -> Outcome:
     wanted = _wanted(case, seen.expected)
     base = truth.captured(seen.traces[0], seen.payloads)
     rung = truth.captured(seen.traces[1], seen.payloads) if len(seen.traces) > 1 else {}
-    floors = change = None
-    if case.kind == FAULT:
-        floors, change = _strength(_clean(case, plan, seen), seen, wanted, base, rung)
-    pairs = list(_tapped(base, rung))
-    return Outcome(
-        case=case.id,
-        status=OK,
-        wanted=wanted,
-        black_box=_answer(seen.black_box, wanted),
-        ladder=None if seen.ladder is None else _answer(seen.ladder, wanted),
-        rules={rule.name: _rule_answer(rule, pairs) for rule in RULES},
-        floors=floors,
-        change=change,
-        roundoff=truth.roundoff(seen.traces[-1].header.engine),
-    )
+    strength = _strength(_clean(case, plan, seen), seen, wanted, base, rung) if case.kind == FAULT else None
+    return _outcome(case, seen, wanted, strength, list(_tapped(base, rung)))
 
 
 def _measured_paths(case: Case, folder: Path) -> Outcome:
@@ -93,11 +80,18 @@ def _measured_paths(case: Case, folder: Path) -> Outcome:
     wanted = Wanted(HARMLESS) if run.expected is None else _wanted_on_path(run.expected)
     base, *rungs = [path_measure.captured(trace, seen.payloads) for trace in seen.traces]
     rung = rungs[0] if rungs else {}
-    floors = change = None
+    strength = None
     if case.kind == FAULT:
         clean = [path_measure.clean_rows(run, trace.header.rung) for trace in seen.traces]
-        floors, change = _strength(clean, seen, wanted, base, rung)
-    pairs = list(path_measure.tapped(seen.traces[0], base, rung))
+        strength = _strength(clean, seen, wanted, base, rung)
+    return _outcome(case, seen, wanted, strength, list(path_measure.tapped(seen.traces[0], base, rung)))
+
+
+def _outcome(
+    case: Case, seen: Seen, wanted: Wanted, strength: tuple[float | None, float] | None, pairs: Sequence[Tapped]
+) -> Outcome:
+    """Return the outcome of a case that ran; `strength` is a fault's, as `_strength` measures it."""
+    floors, change = (None, None) if strength is None else strength
     return Outcome(
         case=case.id,
         status=OK,
