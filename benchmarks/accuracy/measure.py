@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import models, path_measure, truth
-from benchmarks.accuracy.benign import BENIGN
+from benchmarks.accuracy.benign import BENIGN, Benign, as_it_is, cannot_vary
 from benchmarks.accuracy.cases import BENIGN as BENIGN_KIND
 from benchmarks.accuracy.cases import FAULT, Case
 from benchmarks.accuracy.outcome import CANNOT_ACT, ERROR, OK, Answer, Outcome, RuleAnswer, Wanted
@@ -21,6 +21,7 @@ from driftprobe.capture import CaptureOptions, capture, choose_tokens
 from driftprobe.causes import agree
 from driftprobe.constants import add_constants
 from driftprobe.diagnose import diagnose
+from driftprobe.engines.hf.fused import same_bits
 from driftprobe.errors import UsageError
 from driftprobe.faults import FAULTS, Expected
 from driftprobe.judgement import Judgement, TraceJudgement
@@ -123,10 +124,37 @@ def kept(case: Case, engine: Any) -> Iterator[Expected | None]:
         with engine.plant(case.name, case.strength) as expected:
             yield expected
     elif case.kind == BENIGN_KIND:
-        with BENIGN[case.name].keep(engine):
+        with varied(BENIGN[case.name], engine, case.length):
             yield None
     else:
         yield None
+
+
+@contextmanager
+def varied(variation: Benign, engine: Any, length: int) -> Iterator[None]:
+    """Keep a variation in an engine while the context lasts.
+
+    Raises UsageError where it changes not one bit of a decode step after so many tokens, in the model's own dtype or at
+    its rung: on this machine it is no variation, and a quiet run of it would say nothing. One of the plan's calls is
+    taken at its word.
+    """
+    clean = _sampled(engine, length)
+    with variation.keep(engine):
+        if variation.plan is as_it_is and all(map(same_bits, clean, _sampled(engine, length))):
+            raise cannot_vary(
+                variation.name, "not one bit of cache or logits changes", "a model and machine where it does"
+            )
+        yield
+
+
+def _sampled(engine: Any, length: int) -> list[Any]:
+    """Return logits and cache rows of a decode step, at the rung as well where there is one."""
+    found = list(engine._sample(length + 1))
+    rung = rung_of(engine, "auto")
+    if rung:
+        with engine.at(rung):
+            found += engine._sample(length + 1)
+    return found
 
 
 def _seen(case: Case, engine: Any, plan: Plan, folder: Path) -> Seen:
