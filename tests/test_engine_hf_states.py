@@ -15,13 +15,14 @@ transformers = pytest.importorskip("transformers")
 
 import models  # noqa: E402
 from driftprobe import probe  # noqa: E402
-from driftprobe.api import RunOptions, run  # noqa: E402
+from driftprobe.api import run  # noqa: E402
 from driftprobe.engines.hf import HFEngine  # noqa: E402
 from driftprobe.engines.hf.cache import new_cache, past_of, row_layers  # noqa: E402
 from driftprobe.engines.hf.engine import to_array  # noqa: E402
 from driftprobe.engines.hf.states import stored_states  # noqa: E402
 from driftprobe.errors import ModelError, UsageError  # noqa: E402
 from driftprobe.judgement import Reading, Verdict  # noqa: E402
+from driftprobe.options import RunOptions  # noqa: E402
 from driftprobe.plan import Mode, Prompt  # noqa: E402
 from test_engine_hf import CLEAN, run_arms, tap  # noqa: E402
 

@@ -16,7 +16,6 @@ from benchmarks.accuracy.cases import BENIGN as BENIGN_KIND
 from benchmarks.accuracy.cases import FAULT, Case
 from benchmarks.accuracy.outcome import CANNOT_ACT, ERROR, OK, Answer, Outcome, RuleAnswer, Wanted
 from benchmarks.accuracy.rules import RULES, Tapped, ask
-from driftprobe.api import RunOptions, plan_for, rung_of
 from driftprobe.capture import CaptureOptions, capture, choose_tokens
 from driftprobe.causes import agree
 from driftprobe.constants import add_constants
@@ -26,6 +25,7 @@ from driftprobe.errors import UsageError
 from driftprobe.faults import FAULTS, Expected
 from driftprobe.judgement import Judgement, TraceJudgement
 from driftprobe.load import load_traces
+from driftprobe.options import RunOptions, plan_for, rung_of
 from driftprobe.payload import Payloads
 from driftprobe.plan import Mode, Plan, Prompt, at_rung
 from driftprobe.taps import execution_order
