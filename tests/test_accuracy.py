@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,18 +15,20 @@ pytest.importorskip("transformers")
 pytest.importorskip("scipy")
 
 import ml_dtypes
+import torch
 
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import cases, models, report, run, score, store, truth
-from benchmarks.accuracy.benign import BENIGN
+from benchmarks.accuracy.benign import BENIGN, Benign, _to_fp8
 from benchmarks.accuracy.cases import Case
-from benchmarks.accuracy.measure import measure, plan_of
+from benchmarks.accuracy.measure import measure, plan_of, varied
 from benchmarks.accuracy.outcome import CANNOT_ACT, OK, Answer, Outcome, RuleAnswer, Wanted
 from benchmarks.accuracy.path_faults import PATH_FAULTS
 from benchmarks.accuracy.paths import ARCHITECTURES, PAIRS
 from benchmarks.accuracy.rules import RULES, Tapped, ask
 from benchmarks.accuracy.score import BLACK_BOX, LADDER, Scored
 from driftprobe.capture import choose_tokens
+from driftprobe.errors import UsageError
 
 BY_NAME = {rule.name: rule for rule in RULES}
 CASE = Case("fault", "attn_scale", "llama", "float32", "eager", 17, 1, 0, 1.01)
@@ -349,6 +352,24 @@ def test_a_variation_does_vary_and_leaves_the_engine_as_it_was(name: str) -> Non
     assert max(truth.changes(before, varied).values()) > 0.0
     assert max(truth.changes(before, after).values()) == 0.0
     assert engine.facts.casts == {}
+
+
+def test_a_variation_that_changes_not_one_bit_is_refused_and_counted_as_such() -> None:
+    engine = models.engine("llama", "bfloat16", "eager", 0)
+    nothing = Benign("nothing", "changes nothing", lambda _engine: nullcontext())
+    with pytest.raises(UsageError, match="not one bit"), varied(nothing, engine, 9):
+        pass
+    for name in ("cache_fp8", "chunks_7"):  # what the second's plan does, a sample does not
+        with varied(BENIGN[name], engine, 9):
+            pass
+
+
+def test_the_fp8_cache_has_scales_that_keep_rows_of_any_size() -> None:
+    rows = torch.randn(1, 2, 5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for size in (1e-6, 1.0, 1e6):  # without a scale the first are zero, and the last are not a number
+        kept_rows = _to_fp8(rows * size)
+        assert float((kept_rows / size - rows).norm() / rows.norm()) < 2.0**-4
+        torch.testing.assert_close(kept_rows.abs().amax(-1), (rows * size).abs().amax(-1))
 
 
 def test_chunks_feed_the_whole_prompt_and_leave_what_is_read_alone() -> None:

@@ -26,6 +26,11 @@ Keeper = Callable[[Any], AbstractContextManager[None]]
 """Keeps a variation in an engine while the context lasts."""
 
 
+def as_it_is(plan: Plan) -> Plan:
+    """Return a plan unchanged."""
+    return plan
+
+
 @dataclass(frozen=True)
 class Benign:
     """One benign variation."""
@@ -33,7 +38,7 @@ class Benign:
     name: str
     does: str
     keep: Keeper
-    plan: Callable[[Plan], Plan] = lambda plan: plan
+    plan: Callable[[Plan], Plan] = as_it_is
     """How the plan's calls are made differently, where that is the variation."""
 
 
@@ -149,6 +154,13 @@ def declared(engine: Any, casts: dict[str, str]) -> Iterator[None]:
 
 def _to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda rows: rows.to(dtype).to(rows.dtype)
+
+
+def _to_fp8(rows_BGSD: Tensor) -> Tensor:
+    """float8 e4m3 with one scale for each row and head, which brings the largest element to the largest number."""
+    dtype = torch.float8_e4m3fn
+    scale = rows_BGSD.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / torch.finfo(dtype).max
+    return _to(dtype)(rows_BGSD / scale) * scale
 
 
 def _to_int8(rows_BGSD: Tensor) -> Tensor:
@@ -413,8 +425,8 @@ _VARIATIONS = (
            _coarse_cache("cache_float16", "float16", _to(torch.float16))),
     Benign("cache_bfloat16", "the cache keeps bfloat16, declared",
            _coarse_cache("cache_bfloat16", "bfloat16", _to(torch.bfloat16))),
-    Benign("cache_fp8", "the cache keeps float8 e4m3, declared",
-           _coarse_cache("cache_fp8", "float8_e4m3fn", _to(torch.float8_e4m3fn))),
+    Benign("cache_fp8", "the cache keeps float8 e4m3 with a scale for each row and head, declared",
+           _coarse_cache("cache_fp8", "float8_e4m3fn", _to_fp8)),
     Benign("cache_int8", "the cache keeps int8 with a scale for each row and head, declared",
            _coarse_cache("cache_int8", "int8", _to_int8)),
     Benign("static_cache", "a cache of fixed size", _static_cache),

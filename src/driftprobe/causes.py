@@ -96,6 +96,7 @@ CAUSES: dict[str, Cause] = {
         Cause("output_embedding", "logits", "output embedding of tokens {tokens} is another (stale)", ("tokens",)),
         Cause("conv_window", "state-space", "convolution state lacks its {lost} oldest inputs", ("lost",)),
         Cause("state_lost", "state-space", "the recurrent state was not carried over"),
+        Cause("state_scaled", "state-space", "the recurrent state was carried over × {factor}", ("factor",), 0.01),
         Cause("prefill_length", "prefill", "prefill itself changes with its length"),
         Cause("precision", "precision", "rounded more coarsely than declared, as {dtype} would", ("dtype",)),
         Cause("tie_flip", "ties", "a near tie between experts that rounding flips"),
