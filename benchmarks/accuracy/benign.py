@@ -6,7 +6,6 @@ no dtype: at a higher precision of the ladder it does the very same.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks.accuracy import kernels
+from driftprobe.engines.hf import attention as hf_attention
 from driftprobe.errors import EngineError, UsageError
 from driftprobe.plan import Pass, Plan
 
@@ -73,7 +73,7 @@ def _attention(
             raise cannot_vary(name, f"attention with {special[0]}", "attention without soft-cap and sinks")
         with ExitStack() as stack:
             for mapping, key in functions:
-                stack.enter_context(_set(mapping, key, _in_decode(mapping[key], kernel)))
+                stack.enter_context(hf_attention.replaced(mapping, key, _in_decode(mapping[key], kernel)))
             stack.enter_context(declared(engine, casts or {}))
             if plain:
                 _try(name, engine)
@@ -90,22 +90,11 @@ def _try(name: str, engine: Any) -> None:
         raise cannot_vary(name, error.measured[:120], "heads that torch has this kernel for") from error
 
 
-def attention_functions(engine: Any) -> Iterator[tuple[dict[str, Any], str]]:
+def attention_functions(engine: Any) -> Iterator[tuple[Any, str]]:
     """Yield where the attention functions of a model's layers are looked up: a mapping and a name in it."""
-    seen = set()
-    for layer in engine.anatomy.layers:
-        if layer.attention is None:
-            continue
-        space = inspect.unwrap(type(layer.attention).forward).__globals__
-        registry = space.get("ALL_ATTENTION_FUNCTIONS")
-        name = getattr(getattr(layer.attention, "config", None), "_attn_implementation", None) or "eager"
-        if registry is None or id(space) in seen:
-            continue
-        seen.add(id(space))
-        if name != "eager" and name in registry:
-            yield registry, name
-        elif "eager_attention_forward" in space:
-            yield space, "eager_attention_forward"
+    return hf_attention.attention_functions(
+        layer.attention for layer in engine.anatomy.layers if layer.attention is not None
+    )
 
 
 def _in_decode(function: Callable[..., Any], kernel: kernels.Kernel) -> Callable[..., Any]:
@@ -121,21 +110,6 @@ def _in_decode(function: Callable[..., Any], kernel: kernels.Kernel) -> Callable
         return kernel(given), None
 
     return attention
-
-
-@contextmanager
-def _set(mapping: Any, key: str, value: object) -> Iterator[None]:
-    own = getattr(mapping, "_local_mapping", mapping)
-    missing = object()
-    before = own.get(key, missing)
-    own[key] = value
-    try:
-        yield
-    finally:
-        if before is missing:
-            del own[key]
-        else:
-            own[key] = before
 
 
 @contextmanager
