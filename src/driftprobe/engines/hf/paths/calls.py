@@ -224,7 +224,8 @@ class Placer:
         positions = _without_hole(call, context, guesses[0])
         if self.sequence is not None:
             agreeing = [guess for guess in guesses if self._agrees(context, guess, tokens)]
-            searched = [] if agreeing else [self._searched(context, tokens, guesses[0])]
+            known = bool(agreeing) or _continues(call, context, guesses[0])
+            searched = [] if known else [self._searched(context, tokens, guesses[0])]
             positions = [*agreeing, *filter(None, searched), guesses[0]][0]
         good = self._matching(context) if self.sequence is not None else 0
         kept, stray = [], None
@@ -269,6 +270,15 @@ class Placer:
         if not named or not fitting:
             return None
         return min(fitting, key=lambda run: abs(run[0] - named[0]))
+
+
+def _continues(call: Call, context: _Context, named: list[int]) -> bool:
+    """Whether a call goes on right behind what its cache was fed: another token there is another text, at no other place.
+
+    A cache that tells no length is believed where the call names its positions.
+    """
+    told = call.past if call.past is not None else named[0] if named and call.located is not None else None
+    return call.cache is not None and bool(named) and told == named[0] == len(context.tokens)
 
 
 def _without_hole(call: Call, context: _Context, named: list[int]) -> list[int]:
