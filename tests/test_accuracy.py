@@ -152,6 +152,7 @@ PATH = Case("fault", "prefill_epsilon", "llama", "float32", "eager", 15, 3, 0, 1
 @pytest.mark.parametrize(("name", "path", "side", "tap"), [
     ("prefill_epsilon", "chunked", "reference", (1, "attn_norm")),
     ("one_token_projection", "chunked", "candidate", (1, "attn_out")),
+    ("prefill_weights", "cache_off", "reference", (1, "mlp.down_proj")),
     ("pad_positions", "padded_left", "reference", (None, "model.rotary_emb")),
     ("chunk_position", "chunked", "reference", (None, "model.rotary_emb")),
     ("crop_one_less", "second_prompt", "candidate", (None, "model.rotary_emb")),
@@ -163,7 +164,8 @@ def test_a_fault_on_a_path_is_found_where_it_is(name: str, path: str, side: str,
     assert found.wanted is not None and (found.wanted.layer, found.wanted.tensor) == tap
     for answer in (found.black_box, found.ladder):
         assert answer is not None and answer.tap_exact, answer
-        assert answer.cause_exact is (name == "prefill_epsilon")
+    assert found.ladder is not None and found.ladder.cause_exact is bool(found.wanted.cause), found.ladder
+    assert bool(found.wanted.cause) is (name != "row_lost")
     assert found.change is not None and found.change > 1e-3
     assert found.floors is not None and found.floors > 1
     assert found.rules["hash equality"] is not None and found.rules["hash equality"].detected

@@ -54,6 +54,10 @@ class Placed:
     """The first position whose token is not the reference's while all before it are; None without one."""
     moved: int = 0
     """Rows whose position by their tokens is not the one that the call named."""
+    count: int = 0
+    """How many tokens of its batch row the call has, padding included."""
+    beyond: int = 0
+    """Rows of the cache beyond the positions before the call's first; 0 where padding is hidden."""
 
 
 def read_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], locate: Locate | None) -> Call | None:
@@ -245,7 +249,7 @@ class Placer:
         if self.sequence is None:
             context.feed(positions, tokens)
         moved = sum(a != b for a, b in zip(positions, guesses[0], strict=True))
-        return context, Placed(row, tuple(kept), stray, moved)
+        return context, Placed(row, tuple(kept), stray, moved, call.count, _beyond(call, row, positions))
 
     def _matching(self, context: _Context) -> int:
         """Return how many of a context's first tokens are the reference's."""
@@ -272,8 +276,15 @@ class Placer:
         return min(fitting, key=lambda run: abs(run[0] - named[0]))
 
 
+def _beyond(call: Call, row: int, positions: Sequence[int]) -> int:
+    hidden = call.mask_BS is not None and not all(call.mask_BS[row])
+    if hidden or call.past is None or not positions:
+        return 0
+    return max(0, call.past - positions[0])
+
+
 def _continues(call: Call, context: _Context, named: list[int]) -> bool:
-    """Whether a call goes on right behind what its cache was fed: another token there is another text, at no other place.
+    """Whether a call goes on right behind what its cache was fed: another token there is another text.
 
     A cache that tells no length is believed where the call names its positions.
     """
