@@ -185,13 +185,17 @@ def test_a_path_that_a_model_does_not_have_says_so() -> None:
     assert found.status == CANNOT_ACT and "cropped" in found.detail
 
 
-def test_a_diagnosis_is_asked_for_where_a_cause_is_declared() -> None:
+def test_a_fault_that_no_entry_of_the_dictionary_is_is_a_miss_like_any_other() -> None:
+    """The tables, the bar and the list of misses count it alike."""
     wanted = Wanted("MISMATCH", 1, "attn_out", family="paths")
     ours = Answer("MISMATCH", "", 1, "attn_out", detected=True, tap_exact=True)
     item = Scored(PATH, Outcome(PATH.id, OK, wanted=wanted, black_box=ours, change=1.0, roundoff=1e-7))
-    assert (score.row(BLACK_BOX, [item]).detection.of, score.row(BLACK_BOX, [item]).diagnosis.of) == (1, 0)
-    assert score.misses([item]) == []
+    assert (score.row(BLACK_BOX, [item]).detection.of, score.row(BLACK_BOX, [item]).diagnosis.of) == (1, 1)
+    assert [kind for kind, _, _ in score.misses([item])] == [score.NO_ENTRY]
+    (line,) = [target for target in score.targets([item]) if target.what.startswith("diagnosis")]
+    assert (line.reached.hits, line.reached.of) == (0, 1)
     assert item.family == "paths"
+    assert any("`prefill_epsilon` (1)" in line for line in report._without_entry([item]))
     declared = replace(item, outcome=replace(item.outcome, wanted=replace(wanted, cause="norm_epsilon")))
     assert score.row(BLACK_BOX, [declared]).diagnosis.of == 1
     assert [kind for kind, _, _ in score.misses([declared])] == ["no or another diagnosis"]
