@@ -155,6 +155,7 @@ PATH = Case("fault", "prefill_epsilon", "llama", "float32", "eager", 15, 3, 0, 1
 @pytest.mark.parametrize(("name", "path", "side", "tap"), [
     ("prefill_epsilon", "chunked", "reference", (1, "attn_norm")),
     ("one_token_projection", "chunked", "candidate", (1, "attn_out")),
+    ("prefill_weights", "cache_off", "reference", (1, "mlp.down_proj")),
     ("pad_positions", "padded_left", "reference", (None, "model.rotary_emb")),
     ("chunk_position", "chunked", "reference", (None, "model.rotary_emb")),
     ("crop_one_less", "second_prompt", "candidate", (None, "model.rotary_emb")),
@@ -166,7 +167,8 @@ def test_a_fault_on_a_path_is_found_where_it_is(name: str, path: str, side: str,
     assert found.wanted is not None and (found.wanted.layer, found.wanted.tensor) == tap
     for answer in (found.black_box, found.ladder):
         assert answer is not None and answer.tap_exact, answer
-        assert answer.cause_exact is (name == "prefill_epsilon")
+    assert found.ladder is not None and found.ladder.cause_exact is bool(found.wanted.cause), found.ladder
+    assert bool(found.wanted.cause) is (name != "row_lost")
     assert found.change is not None and found.change > 1e-3
     assert found.floors is not None and found.floors > 1
     assert found.rules["hash equality"] is not None and found.rules["hash equality"].detected
@@ -186,13 +188,17 @@ def test_a_path_that_a_model_does_not_have_says_so() -> None:
     assert found.status == CANNOT_ACT and "cropped" in found.detail
 
 
-def test_a_diagnosis_is_asked_for_where_a_cause_is_declared() -> None:
+def test_a_fault_that_no_entry_of_the_dictionary_is_is_a_miss_like_any_other() -> None:
+    """The tables, the bar and the list of misses count it alike."""
     wanted = Wanted("MISMATCH", 1, "attn_out", family="paths")
     ours = Answer("MISMATCH", "", 1, "attn_out", detected=True, tap_exact=True)
     item = Scored(PATH, Outcome(PATH.id, OK, wanted=wanted, black_box=ours, change=1.0, roundoff=1e-7))
-    assert (score.row(BLACK_BOX, [item]).detection.of, score.row(BLACK_BOX, [item]).diagnosis.of) == (1, 0)
-    assert score.misses([item]) == []
+    assert (score.row(BLACK_BOX, [item]).detection.of, score.row(BLACK_BOX, [item]).diagnosis.of) == (1, 1)
+    assert [kind for kind, _, _ in score.misses([item])] == [score.NO_ENTRY]
+    (line,) = [target for target in score.targets([item]) if target.what.startswith("diagnosis")]
+    assert (line.reached.hits, line.reached.of) == (0, 1)
     assert item.family == "paths"
+    assert any("`prefill_epsilon` (1)" in line for line in report._without_entry([item]))
     declared = replace(item, outcome=replace(item.outcome, wanted=replace(wanted, cause="norm_epsilon")))
     assert score.row(BLACK_BOX, [declared]).diagnosis.of == 1
     assert [kind for kind, _, _ in score.misses([declared])] == ["no or another diagnosis"]

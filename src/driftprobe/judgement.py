@@ -59,6 +59,10 @@ class Status(str, Enum):
     UNKNOWN = "unknown"
 
 
+SAME_TOKEN = "same token"
+"""The gate that both sides ran the same token at the same position."""
+
+
 @dataclass(frozen=True, slots=True)
 class Gate:
     """One condition that must hold before a verdict is given."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from driftprobe.fingerprint import Float64
 from driftprobe.hypotheses.view import View
+from driftprobe.taps import input_of
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 ACTIVATIONS: dict[str, Callable[[Float64], Float64]] = {
@@ -72,9 +73,14 @@ def norm_input(view: View) -> Float64 | None:
     return x
 
 
+def linear_taps(tensor: str) -> tuple[str, ...]:
+    """Return the taps that may hold what a projection was given: its own input where that is a tap."""
+    return (input_of(tensor), *LINEAR_INPUTS.get(tensor, ()))
+
+
 def linear_input(view: View) -> Float64 | None:
     """Return what the failing projection was given, `[T, in]`; one of low rank, what stands before its last matrix."""
-    x = view.tap("final_norm", None) if view.tensor == "logits" else view.first(*LINEAR_INPUTS.get(view.tensor, ()))
+    x = view.tap("final_norm", None) if view.tensor == "logits" else view.first(*linear_taps(view.tensor))
     weight = view.constant(f"{view.tensor}.weight")
     norm = norm_of(view, f"{view.tensor}.low_norm")
     if x is not None and norm is not None:
