@@ -180,3 +180,23 @@ def test_faults_of_states_that_a_model_does_not_keep(name: str, fault: str) -> N
 def test_states_in_caches_of_their_own_are_refused() -> None:
     with pytest.raises(ModelError, match="update_conv_state"):
         new_cache(models.build("mamba"))
+
+
+def test_a_step_that_adds_something_else_to_the_state_is_not_carried_over_times_one() -> None:
+    """What the step adds is of rank one: the state itself came over whole."""
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    from driftprobe.hypotheses.statespace import recurrent
+
+    rng = np.random.default_rng(0)
+    state, column, row = (rng.normal(size=shape) for shape in ((2, 8, 6), (2, 8, 1), (2, 1, 6)))
+    reference, candidate = state + column * row, state + 1.05 * column * row
+    scene = SimpleNamespace(failure=SimpleNamespace(layer=0), candidate=lambda *_: candidate,
+                            reference=lambda *_: reference)  # fmt: skip
+    assert [p.cause for p in recurrent(scene)] == ["state_lost"]
+    faded = 0.9 * state + column * row
+    scene.candidate = lambda *_: faded
+    found = [p for p in recurrent(scene) if p.cause == "state_scaled"]
+    assert found[0].parameters["factor"] == pytest.approx(0.9)

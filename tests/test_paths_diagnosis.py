@@ -129,3 +129,86 @@ def test_a_learned_position_that_is_off_is_named_by_its_row() -> None:
     assert first is not None and first.diagnosis is not None
     assert (first.tensor, first.position, first.diagnosis.cause) == ("places", 5, "learned_position")
     assert first.diagnosis.parameters == {"used": 8, "expected": 5, "offset": 3, "side": "candidate"}
+
+
+def hooked(change: Callable[[Any, int], Any]) -> Path:
+    """Chunks, with a projection's result changed: `change(output, position of the call's first token)`."""
+
+    def run(model: Any) -> None:
+        at = 0
+
+        def hook(_module: Any, _args: Any, output: Any) -> Any:
+            nonlocal at
+            start, at = at, at + output.shape[1]
+            return change(output, start)
+
+        handle = model.get_submodule(NAME).register_forward_hook(hook)
+        try:
+            chunked(model)
+        finally:
+            handle.remove()
+
+    return run
+
+
+def cause_of(path: Path) -> tuple[str, dict[str, Any]]:
+    first = probe_paths(toy(), reference=whole, candidate=path, ladder="off").first_failure
+    assert first is not None
+    return ("", {}) if first.diagnosis is None else (first.diagnosis.cause, dict(first.diagnosis.parameters))
+
+
+def drawn(*shape: int, seed: int = 5) -> Any:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def channel_zero(output: Any, _start: int) -> Any:
+    changed_ = output.clone()
+    changed_[..., 7] = 0.0
+    return changed_
+
+
+def at_one_position(output: Any, start: int) -> Any:
+    return output + 0.3 * drawn(*output.shape) if start == 9 else output
+
+
+def test_another_bias_is_a_bias_and_no_adapter() -> None:
+    vector = 0.1 * drawn(24)
+    cause, parameters = cause_of(hooked(lambda output, _: output + vector))
+    assert cause == "bias_other"
+    assert 0.0 < parameters["error"] < 1.0
+
+
+def test_an_output_that_is_zero_is_named_and_no_adapter() -> None:
+    cause, parameters = cause_of(hooked(channel_zero))
+    assert (cause, parameters["outputs"]) == ("outputs_other", (7,))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        at_one_position,
+        lambda output, start: output + 0.1 * drawn(*output.shape, seed=start),
+        lambda output, _: output.clamp(-0.1, 0.1),
+    ],
+    ids=["noise at one position", "noise of each call", "clipped"],
+)
+def test_what_no_weights_do_is_not_said_of_weights(change: Callable[[Any, int], Any]) -> None:
+    cause, _ = cause_of(hooked(change))
+    assert cause not in {"weights_other", "adapter", "bias_other"}
+
+
+def test_nan_at_one_position_does_not_silence_the_others() -> None:
+    noise = drawn(24, 24)
+
+    def spoiled(model: Any) -> None:
+        def hook(_module: Any, _args: Any, output: Any) -> Any:
+            changed_ = output.clone()
+            changed_[0, 0, 0] = float("nan") if output.shape[1] == 1 else changed_[0, 0, 0]
+            return changed_
+
+        with changed(model, lambda weight: weight * (1 + 0.2 * noise)):
+            handle = model.get_submodule(NAME).register_forward_hook(hook)
+            chunked(model)
+            handle.remove()
+
+    assert cause_of(spoiled)[0] == "weights_other"

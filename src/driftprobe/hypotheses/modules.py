@@ -41,12 +41,14 @@ def predictions(scene: Scene) -> Iterator[Prediction]:
 
 
 def _guessed(family: Callable[[View], Guesses], view: View) -> list[Guess]:
-    """Return a family's guesses; none where a trace holds constants of shapes that do not go together."""
+    """Return a family's guesses, up to where a trace's constants have shapes that do not go together."""
+    found: list[Guess] = []
     try:
         with np.errstate(all="ignore"):
-            return list(family(view))
-    except (ValueError, IndexError):  # NumPy's words for shapes that do not fit
-        return []
+            found.extend(family(view))
+    except (ValueError, IndexError, np.linalg.LinAlgError):  # NumPy's words for what does not fit, or has NaN in it
+        pass
+    return found
 
 
 def longer_prefill(scene: Scene) -> Iterator[Prediction]:

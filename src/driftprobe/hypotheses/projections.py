@@ -8,17 +8,15 @@ import numpy as np
 
 from driftprobe.fingerprint import Float64, l2_norm
 from driftprobe.floor import LIMIT
-from driftprobe.hypotheses.ops import linear, linear_input, linear_taps
+from driftprobe.hypotheses.ops import linear, linear_input
+from driftprobe.hypotheses.other_weights import of_paths, rank_of
 from driftprobe.hypotheses.view import Guess, Guesses, View
-from driftprobe.judgement import Status
 from driftprobe.taps import input_of
 
 TAPS = frozenset({"q_proj", "k_proj", "v_proj", "attn_out", "router_logits"})
 BITS = (8, 4)
 GROUPS = (0, -1, 32, 64, 128)
 """Inputs that share a scale: all of an output (0), all of the matrix (−1), or so many neighbours."""
-_ALIKE = 1e-6
-"""Below this share of the largest, a singular value is rounding of the largest's own."""
 
 
 def guesses(view: View) -> Guesses:
@@ -37,7 +35,7 @@ def guesses(view: View) -> Guesses:
             yield Guess("weights_quantised", {"bits": bits}, predicted)
     yield from _scaled(view)
     if view.scene.of_paths:
-        yield from _others_of_paths(view, weight)
+        yield from of_paths(view, weight)
     else:
         yield from _other_weights(view)
 
@@ -68,52 +66,6 @@ def _scaled(view: View) -> Guesses:
         yield Guess("projection_scale", {"error": error}, (1.0 + error) * mine, fitted=1)
 
 
-def _others_of_paths(view: View, weight: Float64) -> Guesses:
-    """What is left where nothing else fits: the weights are others, by as much as all failing positions show together.
-
-    Changes of less rank than the positions can show are an adapter's.
-    """
-    result, mine = view.result(), _plain(view)
-    inputs = next((found for tap in linear_taps(view.tensor) if (found := view.rows(tap))), {})
-    results, bias = view.rows(view.tensor), view.constant(f"{view.tensor}.bias")
-    at = [p for p, status in view.scene.positions.items() if status is Status.FAIL and p in inputs and p in results]
-    if result is None or mine is None or not at:
-        return
-    x = np.stack([inputs[p].reshape(-1) for p in at])
-    plain = x @ weight.T + (0.0 if bias is None else bias)
-    changes = np.stack([results[p].reshape(-1) for p in at]) - plain
-    noise = LIMIT * view.scene.failure.floor * l2_norm(plain.reshape(-1))
-    rank = _rank(changes, noise)
-    if rank < min(len(at), *weight.shape):
-        yield Guess("adapter", {"rank": rank}, result, fitted=result.size)
-    else:
-        error = _relative_error(weight, x, changes, noise / plain.size**0.5)
-        yield Guess("weights_other", {"error": error}, result, fitted=result.size)
-
-
-def _relative_error(weight: Float64, x_PI: Float64, changes_PO: Float64, noise: float) -> float:
-    """Return the e of weights that are each off by w·e·n, n of mean square 1: what most likely gives such changes.
-
-    The changes of output o at all positions then have the covariance e² X diag(w²) Xᵀ. Its directions in which
-    rounding, `noise` an element, would show beside e are left out. Standard error: e / √(2 · what is left).
-    """
-    squares_OI = np.square(weight)
-    size = float((np.square(x_PI) @ squares_OI.T).sum())
-    crude = float(np.square(changes_PO).sum()) / size if size else 0.0
-    found = []
-    for square_I, change_P in zip(squares_OI, changes_PO.T, strict=True):
-        spread, directions = np.linalg.eigh((x_PI * square_I) @ x_PI.T)
-        seen = crude * spread > np.maximum(100.0 * noise**2, _ALIKE**2 * crude * spread[-1])
-        found.append(np.square(directions.T @ change_P)[seen] / spread[seen])
-    terms = np.concatenate(found)
-    return float(np.sqrt(terms.mean() if terms.size else crude))
-
-
-def _rank(changes: Float64, floor: float) -> int:
-    sizes = np.linalg.svd(changes, compute_uv=False)
-    return max(1, int((sizes > max(floor, _ALIKE * sizes[0])).sum()))
-
-
 def _other_weights(view: View) -> Guesses:
     """What is left where nothing else fits: the weights are others. Their change has the rank that the steps show.
 
@@ -125,7 +77,7 @@ def _other_weights(view: View) -> Guesses:
         return
     _, _, rows = np.linalg.svd(np.stack(changes), full_matrices=False)
     floor = LIMIT * view.scene.failure.floor * l2_norm(mine.reshape(-1)) * len(changes) ** 0.5
-    rank = _rank(np.stack(changes), floor)
+    rank = rank_of(np.stack(changes), floor)
     basis = rows[:rank]
     predicted = mine + ((own @ basis.T) @ basis).reshape(mine.shape)
     yield Guess("adapter", {"rank": rank}, predicted, fitted=mine.size)

@@ -14,6 +14,8 @@ _NOTHING = 0.01
 """A factor below this leaves nothing of a state: it began anew."""
 _LARGEST = 4.0
 """Largest factor that is looked for."""
+_WHOLE = 1e-3
+"""A factor this near to 1 carries the state over whole: what differs by rank one is then what the step itself added."""
 
 
 def conv_window(scene: Scene) -> Iterator[Prediction]:
@@ -45,13 +47,13 @@ def recurrent(scene: Scene) -> Iterator[Prediction]:
     if reference is None or reference.shape != candidate.shape or not np.isfinite(reference).all():
         return
     factor = _carried(candidate, reference)
-    if factor > _NOTHING:
+    if _NOTHING < factor <= _LARGEST and abs(factor - 1.0) > _WHOLE:
         predicted = factor * reference + _rank_one(candidate - factor * reference)
         yield Prediction("state_scaled", {"factor": factor}, layer, "ssm_state", predicted, fitted + 1)
 
 
 def _carried(candidate: Float64, reference: Float64) -> float:
-    """Return the factor in [0, _LARGEST] at which candidate − factor × reference is nearest to matrices of rank one."""
+    """Return the factor, near [0, _LARGEST], at which candidate − factor × reference is nearest to rank one."""
     factor = _roughly_carried(candidate, reference)
     for _ in range(8):  # Gauss and Newton: what is beside rank one, along what of the reference is beside it
         left, _, right = np.linalg.svd(candidate - factor * reference, full_matrices=False)

@@ -213,14 +213,14 @@ def attention_functions(modules: Iterable[Any]) -> Iterator[tuple[Any, str]]:
     for module in modules:
         space = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
         registry = space.get("ALL_ATTENTION_FUNCTIONS")
-        if registry is None or id(space) in seen:
-            continue
-        seen.add(id(space))
         name = getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"
-        if name != "eager" and name in registry:
-            yield registry, name
-        elif "eager_attention_forward" in space:
-            yield space, "eager_attention_forward"
+        if registry is None:
+            continue
+        mapping = registry if name != "eager" and name in registry else space
+        name = name if mapping is registry else "eager_attention_forward"
+        if name in mapping and (id(mapping), name) not in seen:  # model files share one registry
+            seen.add((id(mapping), name))
+            yield mapping, name
 
 
 @contextmanager
