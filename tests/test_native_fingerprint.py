@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_header import BAD_ARGUMENT, Print, Tensor, fingerprint_in_c, library, tensor
 
 from driftprobe.fingerprint import DTYPES, Array, Fingerprint, fingerprint
+from native_header import BAD_ARGUMENT, Print, Tensor, fingerprint_in_c, library, tensor
 
 
 @pytest.fixture(scope="session")

@@ -301,6 +301,7 @@ def plan_for(engine: Engine, mode: Mode, prompt: Prompt, options: RunOptions) ->
         seed=options.seed,
         max_positions=engine.facts.max_positions,
         layers=options.layers,
+        arms=engine.arms,
         noise=engine.perturbs,
         knobs=engine.knobs,
         routed="expert_ids" in engine.taps,
@@ -449,6 +450,7 @@ def _capture(
     settings = CaptureOptions(run=options.output or plan.prompt.name, date=options.date, payload=options.payload,
                               labels=labels)  # fmt: skip
     path = capture(plan, engine, tokens, stage.traces, settings, told)
+    lines += engine.said()
     lines.append(f"{time.perf_counter() - started:8.3f} s  wrote {path.name}")
     stage.logs.mkdir(parents=True, exist_ok=True)
     (stage.logs / f"{trace_name(plan)}.log").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -15,8 +15,8 @@ from driftprobe.api import Progress as ToldStep
 from driftprobe.api import RunOptions, Step, builtin_prompts, find_boundaries, parse_mode, run
 from driftprobe.artifacts import check_place, place_of, stage_of
 from driftprobe.boundaries import LONGEST, Boundaries
+from driftprobe.cli.engine_options import engine_options, opened
 from driftprobe.cli.show import show
-from driftprobe.engines import open_engine
 from driftprobe.engines.base import Engine
 from driftprobe.errors import UsageError
 from driftprobe.faults import find_fault
@@ -36,16 +36,13 @@ Reports go to OUT/DATE/NAME. Exit codes: 0 NO_DRIFT or STRUCTURAL_DRIFT, 1 MISMA
 
 
 @click.command(epilog=_EPILOG)
-@click.option("--engine", default="hf", show_default=True, help="Engine (see `driftprobe engines`).")
-@click.option("--model", default="builtin:tiny", show_default=True, help="builtin:tiny or a local model folder.")
+@engine_options
 @click.option("--mode", default="both", show_default=True, help="as_designed, kv_aligned or both.")
 @click.option("--prompts", default=None, help=f"Built-in prompts, comma-separated: {','.join(LENGTHS)}. Default: all.")
 @click.option("--prompt", "texts", multiple=True, help="A prompt of your own; may be given several times.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="JSON or TOML: names to text or token ids.")
 @click.option("--boundaries", is_flag=True, help="Add prompts at the lengths where the model switches, at -1, 0, +1.")
 @click.option("--longest", type=int, default=LONGEST, show_default=True, help="Longest boundary in tokens.")
-@click.option("--dtype", default="float32", show_default=True, help="float64, float32, bfloat16 or float16.")
-@click.option("--attn", default=None, help="eager or sdpa. Default: the model's own.")
 @click.option("--layers", default="all", show_default=True, help="Layers to record: all, or e.g. 0,1,2,4,8.")
 @click.option("--steps", type=int, default=1, show_default=True, help="Decode steps to compare.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the rounding noise of arms N.")
@@ -69,8 +66,9 @@ def command(
     prompt_file: Path | None,
     boundaries: bool,
     longest: int,
-    dtype: str,
+    dtype: str | None,
     attn: str | None,
+    config: str | None,
     layers: str,
     steps: int,
     seed: int,
@@ -100,10 +98,10 @@ def command(
     if self_test:
         from driftprobe.cli.self_test import run_and_show
 
-        loaded = open_engine(engine, model=model, dtype=dtype, attn=attn)
+        loaded = opened(engine, model, dtype=dtype, attn=attn, config=config)
         click.get_current_context().exit(run_and_show(loaded, root, ladder, quiet))
     with _told(quiet) as progress, _kept_on_interrupt(root):
-        loaded = open_engine(engine, model=model, dtype=dtype, attn=attn)
+        loaded = opened(engine, model, dtype=dtype, attn=attn, config=config)
         chosen = _prompts(loaded, prompts, texts, prompt_file)
         if boundaries:
             found = find_boundaries(loaded, steps, longest)
@@ -136,7 +134,7 @@ def _check_alone() -> None:
     ]
     if given:
         raise UsageError("an option that the self-test does not have", where="--self-test", measured=", ".join(given),
-                         allowed="--engine, --model, --dtype, --attn, --ladder, --date, --name, --out, --quiet",
+                         allowed="--engine and its options, --model, --ladder, --date, --name, --out, --quiet",
                          next_step=f"leave out {', '.join(given)}, or --self-test")  # fmt: skip
 
 
