@@ -1,4 +1,4 @@
-"""A program for the command engine's tests: a tiny "model" in NumPy that writes an arm's trace, or goes wrong on request.
+"""A program for the command engine's tests: a tiny "model" in NumPy that writes a trace, or goes wrong on request.
 
 Usage: stand_in.py ARM TOKENS PROMPT_LEN STEPS MODE OUT [HOW]
 """

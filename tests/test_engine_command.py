@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from native_header import INCLUDE, ROOT, compiler
 
 from driftprobe.api import RunOptions, run
 from driftprobe.cli import group
@@ -20,6 +19,7 @@ from driftprobe.errors import EngineError, UsageError
 from driftprobe.judgement import Verdict
 from driftprobe.plan import Mode
 from driftprobe.prompts import make_prompt, make_prompts
+from native_header import INCLUDE, ROOT, compiler
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
 

@@ -17,8 +17,8 @@ from driftprobe.trace import FAILED, Event, Record, Trace
 from driftprobe.verdict import judge_trace
 from make_trace import Change, Site, bare, both, drifting, scaled, toy, unchanged, without
 
-ORDER = ["complete", "ran", "compared", "paired", "same token", "aligned", "deterministic", "fired", "read back", "finite",
-         "plausible"]  # fmt: skip
+ORDER = ["complete", "ran", "compared", "paired", "same token", "aligned", "deterministic", "fired", "read back",
+         "finite", "plausible"]  # fmt: skip
 
 
 def judged(change: Change = unchanged, **more: object) -> TraceJudgement:
