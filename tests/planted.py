@@ -7,10 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from driftprobe.api import Result, RunOptions, run
+from driftprobe.api import Result, run
 from driftprobe.engines.hf import HFEngine
 from driftprobe.faults import Expected
 from driftprobe.judgement import TraceJudgement
+from driftprobe.options import RunOptions
 from driftprobe.plan import Mode, Prompt
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,18 +15,20 @@ pytest.importorskip("transformers")
 pytest.importorskip("scipy")
 
 import ml_dtypes
+import torch
 
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import cases, models, report, run, score, store, truth
-from benchmarks.accuracy.benign import BENIGN
+from benchmarks.accuracy.benign import BENIGN, Benign, _to_fp8
 from benchmarks.accuracy.cases import Case
-from benchmarks.accuracy.measure import measure, plan_of
+from benchmarks.accuracy.measure import measure, plan_of, varied
 from benchmarks.accuracy.outcome import CANNOT_ACT, OK, Answer, Outcome, RuleAnswer, Wanted
 from benchmarks.accuracy.path_faults import PATH_FAULTS
 from benchmarks.accuracy.paths import ARCHITECTURES, PAIRS
 from benchmarks.accuracy.rules import RULES, Tapped, ask
 from benchmarks.accuracy.score import BLACK_BOX, LADDER, Scored
 from driftprobe.capture import choose_tokens
+from driftprobe.errors import UsageError
 
 BY_NAME = {rule.name: rule for rule in RULES}
 CASE = Case("fault", "attn_scale", "llama", "float32", "eager", 17, 1, 0, 1.01)
@@ -152,6 +155,7 @@ PATH = Case("fault", "prefill_epsilon", "llama", "float32", "eager", 15, 3, 0, 1
 @pytest.mark.parametrize(("name", "path", "side", "tap"), [
     ("prefill_epsilon", "chunked", "reference", (1, "attn_norm")),
     ("one_token_projection", "chunked", "candidate", (1, "attn_out")),
+    ("prefill_weights", "cache_off", "reference", (1, "mlp.down_proj")),
     ("pad_positions", "padded_left", "reference", (None, "model.rotary_emb")),
     ("chunk_position", "chunked", "reference", (None, "model.rotary_emb")),
     ("crop_one_less", "second_prompt", "candidate", (None, "model.rotary_emb")),
@@ -163,7 +167,8 @@ def test_a_fault_on_a_path_is_found_where_it_is(name: str, path: str, side: str,
     assert found.wanted is not None and (found.wanted.layer, found.wanted.tensor) == tap
     for answer in (found.black_box, found.ladder):
         assert answer is not None and answer.tap_exact, answer
-        assert answer.cause_exact is (name == "prefill_epsilon")
+    assert found.ladder is not None and found.ladder.cause_exact is bool(found.wanted.cause), found.ladder
+    assert bool(found.wanted.cause) is (name != "row_lost")
     assert found.change is not None and found.change > 1e-3
     assert found.floors is not None and found.floors > 1
     assert found.rules["hash equality"] is not None and found.rules["hash equality"].detected
@@ -183,13 +188,17 @@ def test_a_path_that_a_model_does_not_have_says_so() -> None:
     assert found.status == CANNOT_ACT and "cropped" in found.detail
 
 
-def test_a_diagnosis_is_asked_for_where_a_cause_is_declared() -> None:
+def test_a_fault_that_no_entry_of_the_dictionary_is_is_a_miss_like_any_other() -> None:
+    """The tables, the bar and the list of misses count it alike."""
     wanted = Wanted("MISMATCH", 1, "attn_out", family="paths")
     ours = Answer("MISMATCH", "", 1, "attn_out", detected=True, tap_exact=True)
     item = Scored(PATH, Outcome(PATH.id, OK, wanted=wanted, black_box=ours, change=1.0, roundoff=1e-7))
-    assert (score.row(BLACK_BOX, [item]).detection.of, score.row(BLACK_BOX, [item]).diagnosis.of) == (1, 0)
-    assert score.misses([item]) == []
+    assert (score.row(BLACK_BOX, [item]).detection.of, score.row(BLACK_BOX, [item]).diagnosis.of) == (1, 1)
+    assert [kind for kind, _, _ in score.misses([item])] == [score.NO_ENTRY]
+    (line,) = [target for target in score.targets([item]) if target.what.startswith("diagnosis")]
+    assert (line.reached.hits, line.reached.of) == (0, 1)
     assert item.family == "paths"
+    assert any("`prefill_epsilon` (1)" in line for line in report._without_entry([item]))
     declared = replace(item, outcome=replace(item.outcome, wanted=replace(wanted, cause="norm_epsilon")))
     assert score.row(BLACK_BOX, [declared]).diagnosis.of == 1
     assert [kind for kind, _, _ in score.misses([declared])] == ["no or another diagnosis"]
@@ -326,6 +335,18 @@ def test_the_quick_choice_runs_without_an_error_a_false_alarm_or_a_missed_fault(
     assert wrong == {}
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["benign:keys_float16/gpt_oss/float32/eager/n12/k1/s0", "clean:none/mixtral/bfloat16/sdpa/n12/k4/s1"],
+)
+def test_what_once_was_a_false_alarm_is_none(name: str) -> None:
+    """A declared cast that later layers amplify; and a longer prefill that chose other experts for a decoded token."""
+    found = measure(cases.find(name))
+    assert found.status == OK, found.detail
+    for answer in (found.black_box, found.ladder):
+        assert answer is not None and answer.verdict == "STRUCTURAL_DRIFT", answer
+
+
 _FINE = ("cache_bfloat16", "cache_float16", "split_qkv", "transposed_weights")
 """Variations that a bfloat16 model of this size rounds away."""
 
@@ -349,6 +370,24 @@ def test_a_variation_does_vary_and_leaves_the_engine_as_it_was(name: str) -> Non
     assert max(truth.changes(before, varied).values()) > 0.0
     assert max(truth.changes(before, after).values()) == 0.0
     assert engine.facts.casts == {}
+
+
+def test_a_variation_that_changes_not_one_bit_is_refused_and_counted_as_such() -> None:
+    engine = models.engine("llama", "bfloat16", "eager", 0)
+    nothing = Benign("nothing", "changes nothing", lambda _engine: nullcontext())
+    with pytest.raises(UsageError, match="not one bit"), varied(nothing, engine, 9):
+        pass
+    for name in ("cache_fp8", "chunks_7"):  # what the second's plan does, a sample does not
+        with varied(BENIGN[name], engine, 9):
+            pass
+
+
+def test_the_fp8_cache_has_scales_that_keep_rows_of_any_size() -> None:
+    rows = torch.randn(1, 2, 5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for size in (1e-6, 1.0, 1e6):  # without a scale the first are zero, and the last are not a number
+        kept_rows = _to_fp8(rows * size)
+        assert float((kept_rows / size - rows).norm() / rows.norm()) < 2.0**-4
+        torch.testing.assert_close(kept_rows.abs().amax(-1), (rows * size).abs().amax(-1))
 
 
 def test_chunks_feed_the_whole_prompt_and_leave_what_is_read_alone() -> None:

@@ -21,6 +21,7 @@ EVERYWHERE = [
     ("rope_plus_one", None), ("rope_minus_one", None), ("rope_reset", None), ("rope_base", 4.0), ("rope_base", 1.01),
     ("rope_scaling", 2.0), ("rope_scaling", 1.001), ("rope_partial", None), ("rope_interleaved", None),
     ("k_unrotated", None), ("rope_twice", None), ("prefill_rope", None), ("oldest_key_masked", None),
+    ("oldest_row_lost", None),
     ("sink_tokens_lost", None), ("newest_key_masked", None), ("extra_key_visible", None), ("prefill_sees_next", None),
     ("mask_leak", -5.0), ("mask_leak", -10.0), ("kv_heads_swapped", None), ("gqa_tile", None),
     ("q_heads_permuted", None), ("context_heads_rolled", None), ("head_zero", None), ("attn_scale", 1.05),
@@ -32,10 +33,25 @@ OF_THEIR_OWN = {
     "gpt_neox": ["rope_base", "rope_interleaved", "k_unrotated", "kv_heads_swapped"],
     "phi3": ["rope_twice", "gqa_tile"],
     "mistral": ["window_minus_one", "window_plus_one", "mask_leak"],
-    "gemma2": ["softcap_missing", "window_minus_one", "window_plus_one", "attn_scale", "prefill_scale"],
+    "gemma2": [
+        "oldest_row_lost",
+        "softcap_missing",
+        "window_minus_one",
+        "window_plus_one",
+        "attn_scale",
+        "prefill_scale",
+    ],
     "gpt_oss": ["sinks_lost", "rope_plus_one", "k_unrotated", "attn_scale", "window_plus_one", "gqa_tile"],
-    "bloom": ["alibi_offset", "attn_scale", "prefill_scale", "oldest_key_masked", "kv_heads_swapped", "mask_leak"],
-    "deepseek_v3": ["rope_plus_one", "rope_interleaved", "attn_scale", "extra_key_visible"],
+    "bloom": [
+        "oldest_row_lost",
+        "alibi_offset",
+        "attn_scale",
+        "prefill_scale",
+        "oldest_key_masked",
+        "kv_heads_swapped",
+        "mask_leak",
+    ],
+    "deepseek_v3": ["oldest_row_lost", "rope_plus_one", "rope_interleaved", "attn_scale", "extra_key_visible"],
 }
 """Architectures with something that a plain decoder has not, and the faults that meet it."""
 
@@ -129,6 +145,13 @@ def test_more_steps_tell_an_offset_from_a_factor(fault: str, strength: float | N
     assert result.first_failure is not None
     assert result.first_failure.diagnosis is not None
     assert result.first_failure.diagnosis.cause == cause
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_offset_of_two_rounded_pairs_is_no_factor(dtype: str) -> None:
+    """GPT-NeoX turns 4 of a head's 16 dimensions; rounded, position 32 is found as 31.9998, and 0 is left over."""
+    found("gpt_neox", "rope_plus_one", dtype=dtype, length=31)
+    found("gpt_neox", "rope_scaling", 1.001, dtype="float16", length=31)
 
 
 @pytest.mark.parametrize(("name", "fault", "why"), [

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 import models  # noqa: E402
 from driftprobe import analyze  # noqa: E402
-from driftprobe.api import Result, RunOptions, run  # noqa: E402
+from driftprobe.api import Result, run  # noqa: E402
 from driftprobe.causes import agree  # noqa: E402
 from driftprobe.compare import NoPayloads  # noqa: E402
 from driftprobe.diagnose import diagnose  # noqa: E402
@@ -24,6 +24,7 @@ from driftprobe.faults import FAULTS, Expected  # noqa: E402
 from driftprobe.faults.cache import FAULTS as MINE  # noqa: E402
 from driftprobe.hypotheses.rounding import rounded  # noqa: E402
 from driftprobe.judgement import Diagnosis, RowCheck, Verdict  # noqa: E402
+from driftprobe.options import RunOptions  # noqa: E402
 from driftprobe.plan import Mode  # noqa: E402
 from driftprobe.prompts import make_prompts  # noqa: E402
 from driftprobe.row_causes import cause_of_rows  # noqa: E402

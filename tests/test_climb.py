@@ -13,7 +13,7 @@ from driftprobe.fingerprint import UNIT_ROUNDOFF, Array
 from driftprobe.floor import LIMIT
 from driftprobe.judgement import Judgement, Ladder, Outcome, Reading, TraceJudgement, Verdict
 from driftprobe.report import render_all
-from driftprobe.trace import COST, Event, Trace
+from driftprobe.trace import COST, OTHER_TOKEN, Event, Trace
 from driftprobe.verdict import base_traces, judge
 from make_trace import Arrays, Change, Site, both, drifting, scaled, toy, unchanged, without
 
@@ -127,6 +127,20 @@ def test_a_shut_gate_leaves_the_runs_own_verdict(side):
     assert judged.verdict is ladder.base_verdict
     assert judged.verdict is (Verdict.NOT_AVAILABLE if side == "base" else Verdict.MISMATCH)
     assert judged.first_failure is None or judged.first_failure.rung == ""
+
+
+@pytest.mark.parametrize(("size", "verdict"), [(3 * BASE, Verdict.MISMATCH), (2 * RUNG, Verdict.NOT_AVAILABLE)])
+def test_another_token_is_explained_by_a_failure_before_it_at_the_rung_alone(size: float, verdict: Verdict) -> None:
+    """What made the candidate choose otherwise may be under the run's own floor."""
+    traces, arrays = run_and_rung(off(size), off(size))
+    event = Event(event=OTHER_TOKEN, arm="D", measured={"position": 9})
+    both_of = [replace(trace, events=(*trace.events, event)) for trace in traces]
+    judged = judge(both_of, arrays)
+    assert judged.verdict is verdict
+    ladder = judged.modes["kv_aligned"].prompts[0].ladder
+    assert ladder is not None
+    assert ladder.base_verdict is Verdict.NOT_AVAILABLE
+    assert ladder.outcome is (Outcome.SHARPER if verdict is Verdict.MISMATCH else Outcome.NOT_TOLD)
 
 
 def test_a_rung_without_its_run_stands_for_itself():

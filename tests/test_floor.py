@@ -152,6 +152,15 @@ def test_the_floor_is_pooled_over_neighbouring_layers_and_no_further():
     assert floors[(4, "k_proj")].source != "arm E1"
 
 
+def test_a_neighbour_behind_a_coarser_cast_raises_no_floor_before_it():
+    """Layer 1 is behind the cast in layer 0's attention, and its noise is the cast's; layer 0's projections are not."""
+    noisy = both(one_tap("N1", 1, "q_proj", 5e-3), one_tap("N1", 2, "attn_ctx", 1e-2))
+    floors = floors_of(noisy, arms=NOISE, layers=4, facts={"casts": {"attn_scores": "float16"}}).by_place
+    assert floors[(0, "q_proj")].source.endswith("of float32")
+    assert [floors[(layer, "q_proj")].source for layer in (1, 2)] == ["arm N1", "arm N1"]
+    assert [floors[(layer, "attn_ctx")].source for layer in (1, 2, 3)] == ["arm N1", "arm N1", "arm N1"]
+
+
 def test_noise_raises_the_bound_as_well_as_the_floor():
     floors = floors_of(one_tap("N1", 0, "q_proj", 1e-3), arms=NOISE)
     assert floors.by_place[(0, "q_proj")].value == pytest.approx(1e-3, rel=0.3)

@@ -33,6 +33,8 @@ CASES = [
     ("cohere", "qk_norm_missing", 1.0), ("bloom", "final_norm_missing", 1.0), ("gpt2", "bias_missing", 1.0),
     ("qwen2", "bias_missing", 1.0), ("gpt_neox", "bias_missing_prefill", 1.0), ("qwen3", "adapter_unmerged", 0.01),
     ("llama", "weights_quantised", 8.0), ("gpt2", "weights_quantised", 4.0), ("phi3", "weights_quantised_prefill", 8.0),
+    ("deepseek_v3", "adapter_unmerged", 0.001), ("deepseek_v3", "weights_quantised", 8.0),
+    ("deepseek_v3", "weights_quantised_prefill", 4.0),
     ("llama", "activation_other", 1.0), ("gpt2", "activation_tanh", 1.0), ("mixtral", "activation_other", 1.0),
     ("mixtral", "experts_swapped", 1.0), ("qwen3_moe", "topk_not_renormalised", 1.0),
     ("mixtral", "topk_not_renormalised", 1.0), ("qwen3_moe", "expert_dropped", 1.0),

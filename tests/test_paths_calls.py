@@ -56,6 +56,17 @@ def test_a_reference_that_names_its_positions_one_too_high_has_no_hole_in_its_te
     assert [p for _, p in unseen.positions] == [3, 4, 5]
 
 
+@pytest.mark.parametrize("named", [{"past": 4}, {"located": [4]}])
+def test_another_token_behind_all_that_a_cache_was_fed_stands_at_no_earlier_place(named: dict[str, object]) -> None:
+    """`generate` chose 7 where the text has 2: that is not the 7 at position 2 once more."""
+    placer = Placer(TEXT)
+    placer.place(call(TEXT[:4], cache=placer))
+    placed = placer.place(call([7], cache=placer, **named))
+    assert (placed.positions, placed.stray) == ((), 4)
+    astray = placer.place(call([9], cache=placer, **{key: 5 if key == "past" else [5] for key in named}))
+    assert astray.positions == ()
+
+
 def test_a_row_of_attention_weights_is_as_long_as_the_text_that_its_call_sees() -> None:
     weights = [Size((1, 4, 9, 9), 1, 9), Size((1, 4, 1, 10), 1, 1), Size((1, 4, 1, 11), 1, 1)]
     assert follows_keys(Layout(2), weights)

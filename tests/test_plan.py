@@ -150,3 +150,17 @@ def test_a_prompt_within_one_chunk_has_none_and_a_rung_turns_no_threads():
     assert not arms(short, "P@chunks")
     long = turned_plan(Mode.AS_DESIGNED, steps=1)
     assert [arm.name for arm in at_rung(long, "float64").arms if "@" in arm.name] == ["P@chunks"]
+
+
+def test_each_step_of_arm_t_has_its_own_prefills_choice_for_every_token_before_it():
+    prompt = Prompt("p", (1, 2, 3))
+    found = make_plan(Mode.AS_DESIGNED, prompt, steps=3, seed=0, max_positions=99, routed=True)
+    routed = [[(call.start, call.stop, call.routed_to) for call in arm.passes] for arm in arms(found, "T")]
+    assert routed == [
+        [(0, 3, 0), (3, 4, 0)],
+        [(0, 3, 1), (3, 4, 1), (4, 5, 1)],
+        [(0, 3, 2), (3, 4, 2), (4, 5, 2), (5, 6, 2)],
+    ]
+    reads = [[(r.step, r.position) for call in arm.passes for r in call.reads] for arm in arms(found, "T")]
+    assert reads == [[(0, 3)], [(1, 4)], [(2, 5)]]
+    assert not arms(plan(), "T")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import test_ties
 from driftprobe.fingerprint import Array
 from driftprobe.judgement import TraceJudgement, Verdict
 from driftprobe.payload import FOLDER, Payloads, write_payloads
@@ -14,16 +15,16 @@ from driftprobe.prune import KEPT_FROM, prune_payloads
 from driftprobe.trace import Trace, TraceWriter, read_trace
 from driftprobe.validate import validate
 from driftprobe.verdict import judge_trace
-from make_trace import Change, drifting, toy, unchanged
+from make_trace import CONTROLS, Change, both, drifting, toy, unchanged
 
 D = ("D", "D'")
 TAPS = ("x_in", "q_proj", "k_cache", "v_cache", "x_out")
 
 
-def written(folder: Path, change: Change) -> Trace:
-    """A trace on disk with the whole tensors of arms P and D."""
-    trace, arrays = toy(change, taps=TAPS)
-    kept: dict[str, dict[str, Array]] = {"P": {}, "D": {}}
+def written(folder: Path, change: Change, **more: object) -> Trace:
+    """A trace on disk with the whole tensors of arms P, D and T."""
+    trace, arrays = toy(change, **({"taps": TAPS} | more))  # type: ignore[arg-type]
+    kept: dict[str, dict[str, Array]] = {arm: {} for arm in {"P", "D", "T"} & {r.arm for r in trace.records}}
     records = []
     for record in trace.records:
         if record.arm in kept:
@@ -41,9 +42,11 @@ def written(folder: Path, change: Change) -> Trace:
     return read_trace(folder / trace.path)
 
 
-def pruned(folder: Path, change: Change) -> tuple[TraceJudgement, TraceJudgement, set[tuple[int | None, str]]]:
+def pruned(
+    folder: Path, change: Change, **more: object
+) -> tuple[TraceJudgement, TraceJudgement, set[tuple[int | None, str]]]:
     """The judgement before and after, and the places whose tensors are kept."""
-    trace = written(folder, change)
+    trace = written(folder, change, **more)
     before = judge_trace(trace, Payloads(folder))
     prune_payloads(trace, before, folder)
     after = read_trace(folder / trace.path)
@@ -80,6 +83,18 @@ def test_a_drift_near_its_limit_keeps_its_tensors(tmp_path):
     before, after, kept = pruned(tmp_path, drifting(0.9 * limit, D, (0, "x_in")))
     assert (0, "x_in") in kept
     assert [c.status for c in before.cells] == [c.status for c in after.cells]
+
+
+def test_an_earlier_tokens_flip_keeps_the_rows_that_show_it(tmp_path):
+    """One row among many, within the limit of all of them: nothing but the rows themselves tells why scores fail."""
+    routed = {"taps": test_ties.TAPS, "arms": (*CONTROLS, "T"), "steps": 2}
+    clean = judge_trace(toy(test_ties.tied(test_ties.CLOSE), **routed)[0], Payloads(tmp_path))
+    limit = next(c for c in clean.cells if (c.layer, c.tensor) == (1, "k_cache")).floor.limit
+    row = test_ties.row_off(test_ties.DECODED, size=1.5 * limit)
+    later = drifting(0.5, D, (1, "attn_scores"), step=1, caches=False)
+    before, after, kept = pruned(tmp_path, both(test_ties.tied(test_ties.CLOSE), row, later), **routed)
+    assert before.verdict is after.verdict is Verdict.STRUCTURAL_DRIFT, after.reason
+    assert before.flips == after.flips and (1, "k_cache") in kept and (1, "q_proj") not in kept
 
 
 @pytest.mark.parametrize("change", [unchanged, drifting(0.1, D)])

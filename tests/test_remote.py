@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import shlex
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -432,13 +428,3 @@ def test_dry_run_without_a_host_and_a_self_test_with_one_are_refused(tmp_path):
         done = CliRunner().invoke(group, ["run", "--out", str(tmp_path), *arguments])
         assert isinstance(done.exception, UsageError)
         assert words in str(done.exception)
-
-
-def test_the_seeds_script_takes_a_node(tmp_path, server):
-    script_ = Path(__file__).parent.parent / "tools/benchmarks/run_b3_66_mi300x.sh"
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(["bash", str(script_), "node", "2026-02-07", "kv_aligned", "--dry-run"], check=False,
-                          capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PATH": path})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "--mode kv_aligned" in done.stdout
-    assert shlex.split(done.stdout.splitlines()[2])[-1]

@@ -14,7 +14,7 @@ from driftprobe.fingerprint import Array
 from driftprobe.judgement import Judgement, TraceJudgement, Verdict
 from driftprobe.ties import _numbers
 from driftprobe.verdict import judge
-from make_trace import LAYER_TAPS, Change, Site, both, drifting, record, toy
+from make_trace import LAYER_TAPS, LENGTH, Change, Site, both, drifting, record, toy
 
 TAPS = (*LAYER_TAPS, "router_logits", "expert_ids")
 CLOSE, FAR = 1e-6, 0.5
@@ -42,9 +42,9 @@ BEHIND = drifting(0.5, start=(1, "mlp_out"), caches=False)
 
 
 def judged(
-    *changes: Change, whole: bool = True, arms: tuple[str, ...] = ("E1", "T")
+    *changes: Change, whole: bool = True, arms: tuple[str, ...] = ("E1", "T"), steps: int = 1
 ) -> tuple[Judgement, TraceJudgement]:
-    trace, arrays = toy(both(*changes), taps=TAPS, arms=arms, mode="kv_aligned")
+    trace, arrays = toy(both(*changes), taps=TAPS, arms=arms, mode="kv_aligned", steps=steps)
     found = judge([trace], arrays if whole else NoPayloads())
     return found, found.modes["kv_aligned"].prompts[0]
 
@@ -226,3 +226,123 @@ def test_without_arm_t_or_with_rows_that_fail_there_too_the_cache_is_a_mismatch(
 def unflipped(site: Site, array: Array) -> Array:
     """The step's own token goes to the same experts in all arms."""
     return np.array([[0, 1]]) if site.tensor == "expert_ids" else array
+
+
+# ---- the choice of a token that an earlier step decoded
+
+
+DECODED = LENGTH
+"""Where step 0's token stands: a row of step 1's cache."""
+
+
+def row_off(row: int, layer: int = 1, arms: tuple[str, ...] = ("D", "D'"), size: float = 0.5) -> Change:
+    """Step 1's K row of one position is off in one layer."""
+
+    def change(site: Site, array: Array) -> Array:
+        if site.arm in arms and (site.step, site.layer, site.tensor) == (1, layer, "k_cache"):
+            array = array.copy()
+            array[row] *= 1 + size
+        return array
+
+    return change
+
+
+def tied(margin: float) -> Change:
+    return both(router(margin, drift=0.0), unflipped)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_decoded_tokens_near_tie_explains_its_row_in_a_later_step(whole):
+    found, item = judged(tied(CLOSE), row_off(DECODED), whole=whole, steps=2)
+    assert found.verdict is Verdict.STRUCTURAL_DRIFT, found.reason
+    (flip,) = item.flips
+    assert (flip.step, flip.layer, flip.position) == (1, 1, DECODED)
+    assert flip.margin == pytest.approx(CLOSE, rel=0.2) and flip.margin <= flip.allowed
+    assert f"at position {DECODED}, margin" in found.reason
+    assert {c.candidate.arm for c in item.cells if (c.step, c.layer, c.tensor) == (1, 1, "k_cache")} == {"T"}
+    assert {c.candidate.arm for c in item.cells if c.step == 0} == {"D"}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (tied(FAR), row_off(DECODED)),
+        (tied(CLOSE), row_off(DECODED), row_off(DECODED, arms=("T",))),
+        (tied(CLOSE), row_off(DECODED, layer=0)),
+        (tied(CLOSE), row_off(DECODED + 1)),
+    ],
+    ids=["a wide margin", "arm T has it too", "no router before it", "the step's own row"],
+)
+def test_a_row_that_no_near_tie_explains_is_a_mismatch(changes, whole):
+    found, item = judged(*changes, whole=whole, steps=2)
+    assert found.verdict is Verdict.MISMATCH and not item.flips, found.reason
+
+
+def test_an_unrecorded_choice_explains_its_own_row_and_not_a_decoded_tokens():
+    assert judged(tied(FAR), row_off(0), steps=2)[0].verdict is Verdict.STRUCTURAL_DRIFT
+    found, _ = judged(tied(FAR), row_off(0), row_off(DECODED), steps=2)
+    assert found.verdict is Verdict.MISMATCH
+    first = found.first_failure
+    assert first is not None and (first.step, first.layer, first.tensor) == (1, 1, "k_cache")
+
+
+def test_what_depends_on_such_a_row_is_compared_with_arm_t():
+    """Alone among many rows it may stay within the limit of all of them, while the scores that read it do not."""
+    limit = next(c for c in judged(tied(CLOSE), steps=2)[1].cells if (c.layer, c.tensor) == (1, "k_cache")).floor.limit
+    small = row_off(DECODED, size=1.5 * limit)
+    later = drifting(0.5, arms=("D", "D'"), start=(1, "attn_scores"), step=1, caches=False)
+    found, item = judged(tied(CLOSE), small, later, steps=2)
+    assert found.verdict is Verdict.STRUCTURAL_DRIFT and item.flips[0].position == DECODED, found.reason
+    assert judged(tied(FAR), small, later, steps=2)[0].verdict is Verdict.MISMATCH
+    bug = drifting(0.01, arms=("T",), start=(1, "mlp_out"), step=1, caches=False)
+    found, _ = judged(tied(CLOSE), small, later, bug, steps=2)
+    first = found.first_failure
+    assert first is not None and (first.step, first.layer, first.tensor, first.arm) == (1, 1, "mlp_out", "T")
+
+
+def test_of_a_row_and_a_later_flip_the_earlier_counts():
+    found, item = judged(router(CLOSE), flips_late, row_off(DECODED), steps=2)
+    assert found.verdict is Verdict.STRUCTURAL_DRIFT, found.reason
+    assert item.flips[0].earlier and item.flips[0].position == DECODED
+    assert (item.flips[0].step, item.flips[0].layer) == (1, 1)
+
+
+def flips_late(site: Site, array: Array) -> Array:
+    """Decode's own other choice is step 1's alone."""
+    return unflipped(site, array) if site.step == 0 else array
+
+
+@contextmanager
+def decoded_rows_spoiled(model: Any, layer: int) -> Any:
+    """Change the row that a decode step leaves in the cache, once that step has used it."""
+
+    def hook(_model: object, _args: object, given: dict[str, Any], _output: object) -> None:
+        if given["input_ids"].shape[1] == 1:
+            keys = given["past_key_values"].layers[layer].keys
+            keys[..., -1, :] *= 1.5
+
+    handle = model.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fault_of_a_decoded_row_is_found_in_a_model_full_of_near_ties(dtype):
+    torch = pytest.importorskip("torch")
+    import driftprobe
+    from models import tokens
+
+    model = near_tie(0).to(getattr(torch, dtype))
+    if not has_choice(model) or not hasattr(pytest.importorskip("transformers").DynamicCache(), "layers"):
+        pytest.skip("another transformers")
+    prompts = {"a": tokens(20)}
+    clean = driftprobe.probe(model, prompts, mode="as_designed", steps=3, ladder="off")
+    assert clean.verdict in {Verdict.STRUCTURAL_DRIFT, Verdict.NO_DRIFT}, clean.reason
+    with decoded_rows_spoiled(model, 1):
+        broken = driftprobe.probe(model, prompts, mode="as_designed", steps=3, ladder="off")
+    first = broken.first_failure
+    assert broken.verdict is Verdict.MISMATCH and first is not None
+    assert (first.step, first.layer, first.tensor) == (1, 1, "k_cache")

@@ -17,6 +17,7 @@ import make_trace
 from driftprobe import trace
 from driftprobe.errors import OutputError, TraceError
 from driftprobe.trace import Event, Footer, Header, Record, Top, TraceWriter, encode_line, read_trace, scan
+from driftprobe.trace_checks import json_object
 
 Body = dict[str, object]
 
@@ -167,6 +168,17 @@ def test_nan_and_infinity_in_a_statistic_are_refused(tmp_path, name, number):
     path = make_trace.write(tmp_path)
     path.write_text(re.sub(rf'"{name}":[-0-9.e]+', f'"{name}":{number}', path.read_text(), count=1))
     refused(path, "invalid JSON", 2, "is not a number")
+
+
+@pytest.mark.parametrize("value", ["[1.0,-1e999]", '["a",1e999]', '[[1e999]]', '{"b":[{"c":1e999}]}', "[1,NaN]",
+                                   "[1e999," + "9" * 400 + "]"])  # fmt: skip
+def test_a_number_beyond_float64_is_refused_however_deep_it_stands(value):
+    with pytest.raises(ValueError, match=r"(1e999|NaN) is not a number"):
+        json_object(b'{"a":' + value.encode() + b"}")
+
+
+def test_an_integer_beyond_float64_is_a_number():
+    assert json_object(b'{"a":[1.5,' + b"9" * 400 + b"]}") == {"a": [1.5, int("9" * 400)]}
 
 
 @pytest.mark.parametrize("schema", ["driftprobe/trace/2", "", None, 1, ...])

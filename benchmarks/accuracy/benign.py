@@ -6,7 +6,6 @@ no dtype: at a higher precision of the ladder it does the very same.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -18,12 +17,18 @@ import torch
 from torch import nn
 
 from benchmarks.accuracy import kernels
+from driftprobe.engines.hf import attention as hf_attention
 from driftprobe.errors import EngineError, UsageError
 from driftprobe.plan import Pass, Plan
 
 Tensor = torch.Tensor
 Keeper = Callable[[Any], AbstractContextManager[None]]
 """Keeps a variation in an engine while the context lasts."""
+
+
+def as_it_is(plan: Plan) -> Plan:
+    """Return a plan unchanged."""
+    return plan
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Benign:
     name: str
     does: str
     keep: Keeper
-    plan: Callable[[Plan], Plan] = lambda plan: plan
+    plan: Callable[[Plan], Plan] = as_it_is
     """How the plan's calls are made differently, where that is the variation."""
 
 
@@ -68,7 +73,7 @@ def _attention(
             raise cannot_vary(name, f"attention with {special[0]}", "attention without soft-cap and sinks")
         with ExitStack() as stack:
             for mapping, key in functions:
-                stack.enter_context(_set(mapping, key, _in_decode(mapping[key], kernel)))
+                stack.enter_context(hf_attention.replaced(mapping, key, _in_decode(mapping[key], kernel)))
             stack.enter_context(declared(engine, casts or {}))
             if plain:
                 _try(name, engine)
@@ -85,22 +90,11 @@ def _try(name: str, engine: Any) -> None:
         raise cannot_vary(name, error.measured[:120], "heads that torch has this kernel for") from error
 
 
-def attention_functions(engine: Any) -> Iterator[tuple[dict[str, Any], str]]:
+def attention_functions(engine: Any) -> Iterator[tuple[Any, str]]:
     """Yield where the attention functions of a model's layers are looked up: a mapping and a name in it."""
-    seen = set()
-    for layer in engine.anatomy.layers:
-        if layer.attention is None:
-            continue
-        space = inspect.unwrap(type(layer.attention).forward).__globals__
-        registry = space.get("ALL_ATTENTION_FUNCTIONS")
-        name = getattr(getattr(layer.attention, "config", None), "_attn_implementation", None) or "eager"
-        if registry is None or id(space) in seen:
-            continue
-        seen.add(id(space))
-        if name != "eager" and name in registry:
-            yield registry, name
-        elif "eager_attention_forward" in space:
-            yield space, "eager_attention_forward"
+    return hf_attention.attention_functions(
+        layer.attention for layer in engine.anatomy.layers if layer.attention is not None
+    )
 
 
 def _in_decode(function: Callable[..., Any], kernel: kernels.Kernel) -> Callable[..., Any]:
@@ -119,21 +113,6 @@ def _in_decode(function: Callable[..., Any], kernel: kernels.Kernel) -> Callable
 
 
 @contextmanager
-def _set(mapping: Any, key: str, value: object) -> Iterator[None]:
-    own = getattr(mapping, "_local_mapping", mapping)
-    missing = object()
-    before = own.get(key, missing)
-    own[key] = value
-    try:
-        yield
-    finally:
-        if before is missing:
-            del own[key]
-        else:
-            own[key] = before
-
-
-@contextmanager
 def declared(engine: Any, casts: dict[str, str]) -> Iterator[None]:
     """Declare casts for an engine, as its maker would, while the context lasts."""
     before = engine._declared
@@ -149,6 +128,13 @@ def declared(engine: Any, casts: dict[str, str]) -> Iterator[None]:
 
 def _to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda rows: rows.to(dtype).to(rows.dtype)
+
+
+def _to_fp8(rows_BGSD: Tensor) -> Tensor:
+    """float8 e4m3 with one scale for each row and head, which brings the largest element to the largest number."""
+    dtype = torch.float8_e4m3fn
+    scale = rows_BGSD.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / torch.finfo(dtype).max
+    return _to(dtype)(rows_BGSD / scale) * scale
 
 
 def _to_int8(rows_BGSD: Tensor) -> Tensor:
@@ -413,8 +399,8 @@ _VARIATIONS = (
            _coarse_cache("cache_float16", "float16", _to(torch.float16))),
     Benign("cache_bfloat16", "the cache keeps bfloat16, declared",
            _coarse_cache("cache_bfloat16", "bfloat16", _to(torch.bfloat16))),
-    Benign("cache_fp8", "the cache keeps float8 e4m3, declared",
-           _coarse_cache("cache_fp8", "float8_e4m3fn", _to(torch.float8_e4m3fn))),
+    Benign("cache_fp8", "the cache keeps float8 e4m3 with a scale for each row and head, declared",
+           _coarse_cache("cache_fp8", "float8_e4m3fn", _to_fp8)),
     Benign("cache_int8", "the cache keeps int8 with a scale for each row and head, declared",
            _coarse_cache("cache_int8", "int8", _to_int8)),
     Benign("static_cache", "a cache of fixed size", _static_cache),

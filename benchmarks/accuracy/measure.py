@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import models, path_measure, truth
-from benchmarks.accuracy.benign import BENIGN
+from benchmarks.accuracy.benign import BENIGN, Benign, as_it_is, cannot_vary
 from benchmarks.accuracy.cases import BENIGN as BENIGN_KIND
 from benchmarks.accuracy.cases import FAULT, Case
 from benchmarks.accuracy.outcome import CANNOT_ACT, ERROR, OK, Answer, Outcome, RuleAnswer, Wanted
 from benchmarks.accuracy.rules import RULES, Tapped, ask
-from driftprobe.api import RunOptions, plan_for, rung_of
 from driftprobe.capture import CaptureOptions, capture, choose_tokens
 from driftprobe.causes import agree
 from driftprobe.constants import add_constants
 from driftprobe.diagnose import diagnose
+from driftprobe.engines.hf.fused import same_bits
 from driftprobe.errors import UsageError
 from driftprobe.faults import FAULTS, Expected
 from driftprobe.judgement import Judgement, TraceJudgement
 from driftprobe.load import load_traces
+from driftprobe.options import RunOptions, plan_for, rung_of
 from driftprobe.payload import Payloads
 from driftprobe.plan import Mode, Plan, Prompt, at_rung
 from driftprobe.taps import execution_order
@@ -68,21 +69,8 @@ def _measured(case: Case, folder: Path) -> Outcome:
     wanted = _wanted(case, seen.expected)
     base = truth.captured(seen.traces[0], seen.payloads)
     rung = truth.captured(seen.traces[1], seen.payloads) if len(seen.traces) > 1 else {}
-    floors = change = None
-    if case.kind == FAULT:
-        floors, change = _strength(_clean(case, plan, seen), seen, wanted, base, rung)
-    pairs = list(_tapped(base, rung))
-    return Outcome(
-        case=case.id,
-        status=OK,
-        wanted=wanted,
-        black_box=_answer(seen.black_box, wanted),
-        ladder=None if seen.ladder is None else _answer(seen.ladder, wanted),
-        rules={rule.name: _rule_answer(rule, pairs) for rule in RULES},
-        floors=floors,
-        change=change,
-        roundoff=truth.roundoff(seen.traces[-1].header.engine),
-    )
+    strength = _strength(_clean(case, plan, seen), seen, wanted, base, rung) if case.kind == FAULT else None
+    return _outcome(case, seen, wanted, strength, list(_tapped(base, rung)))
 
 
 def _measured_paths(case: Case, folder: Path) -> Outcome:
@@ -93,11 +81,18 @@ def _measured_paths(case: Case, folder: Path) -> Outcome:
     wanted = Wanted(HARMLESS) if run.expected is None else _wanted_on_path(run.expected)
     base, *rungs = [path_measure.captured(trace, seen.payloads) for trace in seen.traces]
     rung = rungs[0] if rungs else {}
-    floors = change = None
+    strength = None
     if case.kind == FAULT:
         clean = [path_measure.clean_rows(run, trace.header.rung) for trace in seen.traces]
-        floors, change = _strength(clean, seen, wanted, base, rung)
-    pairs = list(path_measure.tapped(seen.traces[0], base, rung))
+        strength = _strength(clean, seen, wanted, base, rung)
+    return _outcome(case, seen, wanted, strength, list(path_measure.tapped(seen.traces[0], base, rung)))
+
+
+def _outcome(
+    case: Case, seen: Seen, wanted: Wanted, strength: tuple[float | None, float] | None, pairs: Sequence[Tapped]
+) -> Outcome:
+    """Return the outcome of a case that ran; `strength` is a fault's, as `_strength` measures it."""
+    floors, change = (None, None) if strength is None else strength
     return Outcome(
         case=case.id,
         status=OK,
@@ -129,10 +124,37 @@ def kept(case: Case, engine: Any) -> Iterator[Expected | None]:
         with engine.plant(case.name, case.strength) as expected:
             yield expected
     elif case.kind == BENIGN_KIND:
-        with BENIGN[case.name].keep(engine):
+        with varied(BENIGN[case.name], engine, case.length):
             yield None
     else:
         yield None
+
+
+@contextmanager
+def varied(variation: Benign, engine: Any, length: int) -> Iterator[None]:
+    """Keep a variation in an engine while the context lasts.
+
+    Raises UsageError where it changes not one bit of a decode step after so many tokens, in the model's own dtype or at
+    its rung: on this machine it is no variation, and a quiet run of it would say nothing. One of the plan's calls is
+    taken at its word.
+    """
+    clean = _sampled(engine, length)
+    with variation.keep(engine):
+        if variation.plan is as_it_is and all(map(same_bits, clean, _sampled(engine, length))):
+            raise cannot_vary(
+                variation.name, "not one bit of cache or logits changes", "a model and machine where it does"
+            )
+        yield
+
+
+def _sampled(engine: Any, length: int) -> list[Any]:
+    """Return logits and cache rows of a decode step, at the rung as well where there is one."""
+    found = list(engine._sample(length + 1))
+    rung = rung_of(engine, "auto")
+    if rung:
+        with engine.at(rung):
+            found += engine._sample(length + 1)
+    return found
 
 
 def _seen(case: Case, engine: Any, plan: Plan, folder: Path) -> Seen:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from benchmarks.accuracy.paths import PAIRS, Pair, Path, Text, cannot, padded, pieces, second_prompt
+from benchmarks.accuracy.paths import PADS, PAIRS, Pair, Path, Text, cannot, padded, pieces, second_prompt
 from driftprobe.engines.hf import HFEngine
 from driftprobe.engines.hf.paths.names import name_points
 from driftprobe.engines.hf.states import stored_states
 from driftprobe.faults import Expected
+from driftprobe.hypotheses.sides import ONE
 
 CANDIDATE, REFERENCE = "candidate", "reference"
 LAYER, ROW, EXPERT = 1, 2, 0
@@ -40,6 +41,10 @@ class Names:
         if module is None:
             raise cannot("this model has no such module")
         return self._names[id(module)]
+
+    def module(self, name: str) -> Any:
+        """Return a module by its qualified name."""
+        return self._model.get_submodule(name)
 
     def expected(self, name: str, side: str = "output", cause: str = "", **parameters: Any) -> Expected:
         """Return what must be found where a module's output (or input) is the first that differs."""
@@ -90,6 +95,8 @@ def faulty(fault: PathFault, names: Names, text: Text, pair: str, side: str, str
     made, expected = fault.plant(names, text, pair, strength)
     wrong = made if fault.is_path else _during(small if fault.of_steps else large, made)
     right = large if fault.of_steps else small
+    if expected.cause:
+        expected = replace(expected, parameters={**expected.parameters, "side": side})
     return ((right, wrong) if side == CANDIDATE else (wrong, right)), expected  # type: ignore[return-value]
 
 
@@ -124,26 +131,29 @@ def _hooked(name: str, change: Callable[[torch.Tensor], torch.Tensor], most: int
 def _one_token(names: Names, _text: Text, _pair: str, strength: float) -> tuple[Kept, Expected]:
     layer = names.layers[LAYER]
     name = names.of(layer.out_proj) if layer.out_proj is not None else names.ending_in(LAYER, "out_proj")
-    return _hooked(name, lambda value: value * (1 + strength), 1), names.expected(name)
+    expected = names.expected(name, cause="projection_scale", error=strength, calls=ONE)
+    return _hooked(name, lambda value: value * (1 + strength), 1), expected
 
 
 def _prefill_weights(names: Names, _text: Text, _pair: str, strength: float) -> tuple[Kept, Expected]:
     name = names.ending_in(LAYER, "down_proj", "c_proj", "dense_4h_to_h", "in_proj", "gate")
 
+    noise = torch.randn(names.module(name).weight.shape, generator=torch.Generator().manual_seed(7))
+
     @contextmanager
     def kept(model: Any) -> Iterator[None]:
         weight = model.get_submodule(name).weight
         before = weight.detach().clone()
-        noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(7)).to(before.dtype)
         with torch.no_grad():
-            weight.copy_(before * (1 + strength * noise))
+            weight.copy_(before * (1 + strength * noise.to(before.dtype)))
         try:
             yield
         finally:
             with torch.no_grad():
                 weight.copy_(before)
 
-    return kept, names.expected(name)
+    error = strength * float(noise.square().mean().sqrt())
+    return kept, names.expected(name, cause="weights_other", error=error)
 
 
 def _epsilon(names: Names, _text: Text, _pair: str, strength: float) -> tuple[Kept, Expected]:
@@ -163,12 +173,14 @@ def _epsilon(names: Names, _text: Text, _pair: str, strength: float) -> tuple[Ke
     return kept, names.expected(name, cause="norm_epsilon", delta=strength)
 
 
-def _position_tap(names: Names) -> Expected:
-    return names.expected(names.ending("rotary_emb", "wpe"))
+def _positions(names: Names, offset: int) -> Expected:
+    """Return what must be found where positions are so much too high: the table of positions is read there."""
+    name = names.ending("rotary_emb", "wpe")
+    return names.expected(name, cause="learned_position" if name.endswith("wpe") else "rope_position", offset=offset)
 
 
 def _pad_positions(names: Names, text: Text, _pair: str, _strength: float) -> tuple[Path, Expected]:
-    return padded(text, "left", positions="slots"), _position_tap(names)
+    return padded(text, "left", positions="slots"), _positions(names, PADS)
 
 
 def _pad_seen(names: Names, text: Text, _pair: str, _strength: float) -> tuple[Path, Expected]:
@@ -177,11 +189,11 @@ def _pad_seen(names: Names, text: Text, _pair: str, _strength: float) -> tuple[P
 
 
 def _chunk_position(names: Names, text: Text, _pair: str, _strength: float) -> tuple[Path, Expected]:
-    return pieces(text, text.cuts(), late=1), _position_tap(names)
+    return pieces(text, text.cuts(), late=1), _positions(names, 1)
 
 
 def _crop(names: Names, text: Text, _pair: str, _strength: float) -> tuple[Path, Expected]:
-    return second_prompt(text, extra=1), _position_tap(names)
+    return second_prompt(text, extra=1), names.expected(names.ending("rotary_emb", "wpe"), cause="keys_extra", count=1)
 
 
 def _row_lost(names: Names, text: Text, _pair: str, _strength: float) -> tuple[Path, Expected]:

@@ -103,7 +103,20 @@ def _bar(scored: Sequence[Scored]) -> list[str]:
                 f"met: {better}" if better else "**missed**",
             ]
         )
-    return _table(["", "target", "reached", ""], rows)
+    return [*_table(["", "target", "reached", ""], rows), *_without_entry(scored)]
+
+
+def _without_entry(scored: Sequence[Scored]) -> list[str]:
+    """Return which faults no diagnosis can name, and that they are counted."""
+    names = Counter(item.case.name for item in scored if item.visible and not item.has_cause)
+    if not names:
+        return []
+    told = ", ".join(f"`{name}` ({count})" for name, count in sorted(names.items()))
+    return [
+        f"The fault dictionary has no entry for {told}. Each such run is a miss of the diagnosis here and in every "
+        "table below.",
+        "",
+    ]
 
 
 def _rules(scored: Sequence[Scored]) -> list[str]:

@@ -67,9 +67,9 @@ class Scored:
 
     @property
     def has_cause(self) -> bool:
-        """Whether a diagnosis is asked for: always, save for faults on a path that no entry of the dictionary is."""
+        """Whether the fault declares a cause. One that no entry of the dictionary is declares none, and is a miss."""
         wanted = self.outcome.wanted
-        return not self.case.path or bool(wanted is not None and wanted.cause)
+        return wanted is not None and bool(wanted.cause)
 
     @property
     def family(self) -> str:
@@ -118,12 +118,12 @@ class Row:
     first_tap: Rate
     """Of all faults: detected, and the tap named is the one."""
     diagnosis: Rate
-    """Of all faults that declare a cause: it and its parameters are the ones; nobody but driftprobe names any."""
+    """Of all faults: the cause and its parameters are the ones; nobody but driftprobe names any."""
 
 
 def row(rule: str, scored: Iterable[Scored], counts: Callable[[Scored], bool] = lambda s: s.visible) -> Row:
     """Return a rule's rates; faults count where `counts` says so."""
-    faults, benign, named = [], [], []
+    faults, benign = [], []
     for item in scored:
         answer = item.answer(rule)
         if item.outcome.status != OK or answer is None:
@@ -132,14 +132,13 @@ def row(rule: str, scored: Iterable[Scored], counts: Callable[[Scored], bool] = 
             benign.append(answer)
         elif counts(item):
             faults.append(answer)
-            named += [answer] if item.has_cause else []
     total = len(faults)
     return Row(
         rule,
         rate(sum(a.detected for a in faults), total),
         rate(sum(a.detected for a in benign), len(benign)),
         rate(sum(a.tap_exact for a in faults), total),
-        rate(sum(a.cause_exact for a in named), len(named)),
+        rate(sum(a.cause_exact for a in faults), total),
     )
 
 
@@ -234,6 +233,10 @@ def faint_misses(scored: Sequence[Scored]) -> list[tuple[Scored, Answer]]:
     ]
 
 
+NO_ENTRY = "no entry of the dictionary"
+"""The kind of miss of a fault for which the dictionary has no cause to name."""
+
+
 def misses(scored: Sequence[Scored]) -> list[tuple[str, Scored, Answer]]:
     """Return every case that is not as it must be, with the kind of miss, in the setting that the bar holds it to."""
     found: list[tuple[str, Scored, Answer]] = []
@@ -251,8 +254,8 @@ def misses(scored: Sequence[Scored]) -> list[tuple[str, Scored, Answer]]:
                 found.append(("not detected", item, answer))
             elif not answer.tap_exact:
                 found.append(("another tap", item, answer))
-            elif item.has_cause and not answer.cause_exact:
-                found.append(("no or another diagnosis", item, answer))
+            elif not answer.cause_exact:
+                found.append(("no or another diagnosis" if item.has_cause else NO_ENTRY, item, answer))
         elif not item.is_fault and not answer.detected:
             found.append(("another verdict", item, answer))
     return found

@@ -24,7 +24,7 @@ from driftprobe.judgement import (
 )
 from driftprobe.row_causes import cause_of_rows, rows_in_words
 from driftprobe.scene import Scene
-from driftprobe.taps import BY_NAME, CACHE_TAPS, CANDIDATE, execution_order, place
+from driftprobe.taps import BY_NAME, CACHE_TAPS, CANDIDATE, REFERENCE, execution_order, place
 from driftprobe.trace import Trace
 
 
@@ -85,6 +85,8 @@ def _blame_in_words(told: Blame, failure: Failure) -> str:
     names, sizes = ("decode", "prefill"), (told.decode, told.prefill)
     if failure.of_control:
         names = (_other_control(failure), "prefill")
+    elif failure.phase == CANDIDATE:
+        names = (CANDIDATE, REFERENCE)
     (right, near), (wrong, far) = sorted(zip(names, sizes, strict=True), key=lambda pair: pair[1])
     return (
         f"{wrong} is the wrong side: {right}'s {failure.tensor} agrees with a replay from its input ({near:.1e}), "
@@ -173,6 +175,8 @@ def _diagnosis_in_words(found: Diagnosis, check: RowCheck | None) -> str:
     if check is not None and found.cause in _TOLD_BY_ROWS:
         return rows_in_words(check)
     words = CAUSES[found.cause].say(found.parameters)
+    if "calls" in found.parameters:
+        words = f"{words}; in calls {found.parameters['calls']} alone"
     if found.tensor in CACHE_TAPS:
         return f"{'K' if found.tensor == 'k_cache' else 'V'} cache of layer {found.layer}: {words}"
     return f"{place(found.layer, found.tensor)}: {words}"

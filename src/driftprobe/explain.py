@@ -13,6 +13,7 @@ from driftprobe.floor import LIMIT
 from driftprobe.hypotheses import HYPOTHESES, Prediction
 from driftprobe.hypotheses.base import PREFILL
 from driftprobe.hypotheses.blame import blame
+from driftprobe.hypotheses.sides import side_and_calls
 from driftprobe.judgement import Diagnosis
 from driftprobe.scene import Scene
 
@@ -34,7 +35,9 @@ def explain(scene: Scene) -> Diagnosis | None:
     if scene.failure.of_control:
         return replace(best[1], side=PREFILL)  # both arms are prefills
     told = blame(scene)
-    return best[1] if told is None else replace(best[1], side=told.side)
+    if told is None:
+        return best[1]
+    return replace(best[1], side=told.side, parameters={**best[1].parameters, **side_and_calls(scene, told.side)})
 
 
 def _numbers(scene: Scene) -> bool:

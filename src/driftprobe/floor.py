@@ -107,18 +107,16 @@ def measure_floors(
     ranks = {(pair.reference.layer, pair.reference.tensor): pair.reference.order for pair in everything}
     noise = {arm: found for arm, found in controls.items() if _NOISE.fullmatch(arm)}
     layers = max(header.engine.layers, *(1 + layer for layer, _ in recorded if layer is not None), 0)
-    bounds = {
-        where: _roundoff(where, dtype, layers, bool(noise))
-        for where, dtype in _coarsest_by_place(header.engine, recorded, ranks).items()
-    }
-    bounds = _raise(bounds, noise)
+    coarsest = _coarsest_by_place(header.engine, recorded, ranks)
+    bounds = {where: _roundoff(where, dtype, layers, bool(noise)) for where, dtype in coarsest.items()}
+    bounds = _raise(bounds, noise, coarsest)
     alone = Floors(bounds, bounds)
     others = {
         arm: found
         for arm, found in controls.items()
         if arm not in noise and arm not in guilty and all(innocent(pair, alone) for pair in found)
     }
-    return Floors(_raise(bounds, others), bounds)
+    return Floors(_raise(bounds, others, coarsest), bounds)
 
 
 def is_extension(arm: str) -> bool:
@@ -179,16 +177,20 @@ def _depth(where: Place, layers: int) -> int:
     return 0 if tap is not None and tap.scope is Scope.INPUT else layers
 
 
-def _raise(floors: dict[Place, Floor], controls: Controls) -> dict[Place, Floor]:
-    """Return floors raised to the largest finite control drift at each place and its neighbouring layers."""
+def _raise(floors: dict[Place, Floor], controls: Controls, coarsest: dict[Place, _Coarsest]) -> dict[Place, Floor]:
+    """Return floors raised to the largest finite control drift at each place and its neighbouring layers.
+
+    A neighbour behind a cast that a place is before tells nothing of it: its drift is that of a coarser dtype.
+    """
     raised = dict(floors)
+    unit = {where: CAST_ROUNDOFF[found.dtype] for where, found in coarsest.items()}
     for arm, pairs in controls.items():
         for item in pairs:
-            drift = item.drift.at_least
+            drift, here = item.drift.at_least, (item.reference.layer, item.reference.tensor)
             if drift is None or not math.isfinite(drift):
                 continue
-            for where in _around(item.reference.layer, item.reference.tensor):
-                if where in raised and drift > raised[where].value:
+            for where in _around(*here):
+                if where in raised and unit[here] <= unit[where] and drift > raised[where].value:
                     raised[where] = Floor(drift, f"arm {arm}")
     return raised
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from driftprobe.compare import SCORES, Pair, Pairing
 from driftprobe.fingerprint import UNIT_ROUNDOFF
 from driftprobe.floor import UNKNOWN_DTYPE, Controls, Floors, innocent
-from driftprobe.judgement import Cell, Determinism, Gate, Status
+from driftprobe.judgement import SAME_TOKEN, Cell, Determinism, Gate, Status
 from driftprobe.taps import BY_NAME, CACHE_TAPS, STATE_TAPS, execution_order, place
 from driftprobe.trace import FAILED, OTHER_TOKEN, Event, Record, Trace
 
@@ -117,7 +117,7 @@ def _same_token(evidence: Evidence) -> Gate:
         if event.event == OTHER_TOKEN and all(cell.status is not Status.FAIL for cell in evidence.cells)
     ]
     agreed = "same token at the same position in all arms" if told else "the trace does not name its tokens"
-    return Gate("same token", not different, _listed(different) or agreed)
+    return Gate(SAME_TOKEN, not different, _listed(different) or agreed)
 
 
 def _embed(evidence: Evidence) -> Gate:

@@ -59,6 +59,10 @@ class Status(str, Enum):
     UNKNOWN = "unknown"
 
 
+SAME_TOKEN = "same token"
+"""The gate that both sides ran the same token at the same position."""
+
+
 @dataclass(frozen=True, slots=True)
 class Gate:
     """One condition that must hold before a verdict is given."""
@@ -240,15 +244,19 @@ class TieFlip:
     allowed: float
     """How far rounding can move such a difference."""
     earlier: bool = False
-    """Whether it is the choice of an earlier token, of which the trace holds no more than its cache rows."""
+    """Whether it is the choice of an earlier token, in a prefill that recorded a later one: it shows in cache rows."""
+    position: int | None = None
+    """Where that token stands, if it was decoded: the prefill that read it recorded the margin. None for a prompt's."""
 
     @property
     def words(self) -> str:
         """The flip in a sentence."""
         if self.earlier:
+            known = f"position {self.position}, margin {self.margin:.2e} (rounding can move it by {self.allowed:.2e})"
             return (
                 f"an earlier token's experts: the cache rows of layer {self.layer} are not prefill's, and are with its "
-                "choice of experts put in; a near tie, whose margin nobody recorded"
+                "choice of experts put in; a near tie, at "
+                + (known if self.position is not None else "a prompt's token, whose margin nobody recorded")
             )
         left, came = (", ".join(map(str, experts)) for experts in (self.left, self.came))
         return (

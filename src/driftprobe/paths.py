@@ -16,16 +16,29 @@ from datetime import date as calendar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from driftprobe.api import LADDERS, MAX_SEED, PAYLOADS, Result, finish, rung_of
+from driftprobe.api import Result, finish
 from driftprobe.artifacts import Layout, check_place, staged, write_reports
 from driftprobe.capture import top_of
 from driftprobe.constants import constant_record, tensor_name
 from driftprobe.errors import EngineError, UsageError
 from driftprobe.fingerprint import Array, fingerprint
+from driftprobe.options import LADDERS, MAX_SEED, PAYLOADS, rung_of
 from driftprobe.payload import payload_file, write_payloads
 from driftprobe.plan import NOISE_ARMS
 from driftprobe.taps import CANDIDATE, PATHS, REFERENCE, place
-from driftprobe.trace import CONSTANTS, COST, LEFT_OUT, OTHER_TOKEN, Event, Header, PlannedRead, Record, TraceWriter
+from driftprobe.trace import (
+    CACHE_BEYOND,
+    CALL_TOKENS,
+    CONSTANTS,
+    COST,
+    LEFT_OUT,
+    OTHER_TOKEN,
+    Event,
+    Header,
+    PlannedRead,
+    Record,
+    TraceWriter,
+)
 from driftprobe.trace_checks import name_fault
 
 if TYPE_CHECKING:
@@ -253,6 +266,12 @@ def _events(compared: Compared) -> Iterator[Event]:
         "moved": compared.moved,
     }
     yield Event(event="positions", arm="D", measured=counts)
+    for arm, calls in compared.calls.items() if compared.common else ():
+        found = {str(position): calls[position] for position in compared.positions if position in calls}
+        yield Event(event=CALL_TOKENS, arm=arm, measured={p: call.count for p, call in found.items()})
+        beyond = {p: call.beyond for p, call in found.items() if call.beyond}
+        if beyond:
+            yield Event(event=CACHE_BEYOND, arm=arm, measured=beyond)
     if compared.stray is not None:
         yield Event(event=OTHER_TOKEN, arm="D", measured={"position": compared.stray})
     for reason, taps in compared.left_out.items():

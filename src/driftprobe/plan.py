@@ -151,7 +151,7 @@ def make_plan(
     made += [_noise(which, n, step, seed, routed) for which in perturbed for step in range(steps)]
     made += _turned(n, steps, knobs)
     if routed:
-        made.append(_decode("T", n, steps, routed=True))
+        made += [_routed_decode("T", n, step) for step in range(steps)]
     if mode is Mode.KV_ALIGNED:
         made.append(_decode("A", n, steps, aligned=True))
     return Plan(mode, prompt, steps, seed, tuple(made), layers)
@@ -211,13 +211,23 @@ def _prefill(name: str, n: int, step: int, *, keep: bool) -> Arm:
     return Arm(name, (Pass(0, position + 1, (read,)),), keeps_rows_for=step if keep else None)
 
 
-def _decode(name: str, n: int, steps: int, *, aligned: bool = False, routed: bool = False) -> Arm:
-    calls = [Pass(0, n, routed_to=0 if routed else None)]
+def _decode(name: str, n: int, steps: int, *, aligned: bool = False) -> Arm:
+    calls = [Pass(0, n)]
     for step in range(steps):
         read = Read(name, Phase.DECODE, step, n + step)
-        calls.append(Pass(n + step, n + step + 1, (read,), aligned_to=step if aligned else None,
-                          routed_to=step if routed else None))  # fmt: skip
+        calls.append(Pass(n + step, n + step + 1, (read,), aligned_to=step if aligned else None))
     return Arm(name, tuple(calls))
+
+
+def _routed_decode(name: str, n: int, step: int) -> Arm:
+    """D up to one step, every token with the choice that this step's own prefill made for it.
+
+    A shorter prefill may have chosen otherwise for a token before: one arm for all steps could follow but one of them.
+    """
+    position = n + step
+    tokens = (Pass(at, at + 1, routed_to=step) for at in range(n, position))
+    last = Pass(position, position + 1, (Read(name, Phase.DECODE, step, position),), routed_to=step)
+    return Arm(name, (Pass(0, n, routed_to=step), *tokens, last))
 
 
 def _turned(n: int, steps: int, knobs: Sequence[str]) -> list[Arm]:

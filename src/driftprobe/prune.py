@@ -56,12 +56,13 @@ KEPT_FROM = 0.5
 def _wanted(judged: TraceJudgement) -> set[_Where]:
     """Return the places whose whole tensors are needed to judge again as before.
 
-    They are the failures and near ones, what a matched filter pooled, and where a cache tap fails K and V rows of all
-    layers. `_explains` adds what a diagnosis reads.
+    They are the failures and near ones, what a matched filter pooled, where a cache tap fails K and V rows of all
+    layers, and the rows that show an earlier token's tie flip. `_explains` adds what a diagnosis reads.
     """
     cells = (*judged.cells, *judged.aligned_cells)
     failing: set[_Where] = {(c.step, c.layer, c.tensor) for c in cells if c.status is Status.FAIL or _close(c)}
     failing |= {where for match in judged.matches for where in match.places}
+    failing |= {(flip.step, flip.layer, tap) for flip in judged.flips if flip.earlier for tap in CACHE_TAPS}
     caches = {step for step, _, tensor in failing if tensor in CACHE_TAPS}
     return failing | {(c.step, c.layer, c.tensor) for c in cells if c.tensor in CACHE_TAPS and c.step in caches}
 

@@ -68,6 +68,15 @@ def rows_by_position(record: Record) -> dict[int, str]:
     return {record.row_start + i: row for i, row in enumerate(record.rows or ())}
 
 
+def rows_as_numbers(record: Record, payloads: PayloadSource) -> dict[int, Float64] | None:
+    """Return position -> row of a K/V record, flat, or None without its whole tensor."""
+    array = payloads.get(record)
+    if array is None:
+        return None
+    flat = to_float64(array).reshape(len(array), -1)
+    return {record.row_start + i: row for i, row in enumerate(flat)}
+
+
 def zero_row_hash(record: Record) -> str | None:
     """Return the hash that an all-zero row of this record has, or None where its dtype or shape is unknown."""
     if record.dtype not in DTYPES or not record.shape:

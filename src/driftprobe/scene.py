@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from driftprobe.compare import PayloadSource
 from driftprobe.fingerprint import Float64, to_float64
-from driftprobe.judgement import Failure, TraceJudgement
+from driftprobe.judgement import Failure, Status, TraceJudgement
 from driftprobe.taps import CANDIDATE
 from driftprobe.trace import CONSTANTS, Record, Trace
 
@@ -64,6 +64,36 @@ class Scene:
     def candidate(self, layer: int | None, tensor: str, step: int | None = None) -> Float64 | None:
         """Return the tensor of the arm that fails."""
         return self.tensor(self.failure.arm, layer, tensor, step)
+
+    def rows(self, arm: str, layer: int | None, tensor: str) -> dict[int, Float64]:
+        """Return an arm's whole tensors at a tap by position, of every position that the trace holds (mode `paths`)."""
+        found = {}
+        for record in self.trace.records:
+            if (record.arm, record.layer, record.tensor) == (arm, layer, tensor):
+                array = self.payloads.get(record)
+                if array is not None and record.logical_tok_idx is not None:
+                    found[record.logical_tok_idx] = to_float64(array)
+        return found
+
+    @property
+    def positions(self) -> dict[int, Status]:
+        """Position -> how the failing tap was judged there (mode `paths`)."""
+        where = (self.failure.layer, self.failure.tensor)
+        return {
+            cell.reference.logical_tok_idx: cell.status
+            for cell in self.judged.cells
+            if (cell.layer, cell.tensor) == where and cell.reference.logical_tok_idx is not None
+        }
+
+    def measured(self, event: str, arm: str) -> dict[int, int]:
+        """Return what an event of an arm says by position (mode `paths`); empty without one."""
+        found = [e.measured for e in self.trace.events if (e.event, e.arm) == (event, arm)]
+        return {int(p): value for p, value in found[0].items() if p.isdigit()} if found else {}
+
+    @property
+    def of_paths(self) -> bool:
+        """Whether two paths are compared, a record for every position."""
+        return self.failure.phase == CANDIDATE
 
     def constant(self, layer: int | None, name: str) -> Float64 | None:
         """Return a constant of the model (`q_proj.weight`, `rope.inv_freq`, `attn_norm.eps`), or None."""

@@ -180,3 +180,9 @@ def execution_order(layer: int | None, tensor: str, rank: int | None = None) -> 
 def place(layer: int | None, tensor: str) -> str:
     """Return the place of a tap in words: `layer 3 q_rope`, or `logits` for one outside the layers."""
     return tensor if layer is None else f"layer {layer} {tensor}"
+
+
+def input_of(tensor: str) -> str:
+    """Return the name of the tap of what a module was given, from that of what it gave; `#2` is its second run."""
+    name, mark, time = tensor.partition("#")
+    return f"{name}.in{mark}{time}"

@@ -23,6 +23,10 @@ CONSTANTS = CONSTANT_ARM
 """The arm of records that hold constants of the model, not results: `q_proj.weight`, `rope.inv_freq` of a layer."""
 OTHER_TOKEN = "other_token"
 """Event of mode `paths`: from `measured.position` on the candidate went on with another token than the reference."""
+CALL_TOKENS = "call_tokens"
+"""Event of mode `paths`: position -> how many tokens the call had that computed it last."""
+CACHE_BEYOND = "cache_beyond"
+"""Event of mode `paths`: position -> how many rows too many the cache held for the call that computed it last."""
 LEFT_OUT = "not compared: "
 """How the events of mode `paths` begin that count, by tap, in how many calls something fired that has no pair."""
 MAX_LINE = 64 * 1024 * 1024

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from driftprobe.api import Progress as ToldStep
-from driftprobe.api import RunOptions, Step, builtin_prompts, find_boundaries, parse_mode, run
+from driftprobe.api import Step, builtin_prompts, find_boundaries, run
 from driftprobe.artifacts import check_place, place_of, stage_of
 from driftprobe.boundaries import LONGEST, Boundaries
 from driftprobe.cli.engine_options import engine_options, opened
@@ -21,6 +21,7 @@ from driftprobe.cli.show import show
 from driftprobe.engines.base import Engine
 from driftprobe.errors import UsageError
 from driftprobe.faults import find_fault
+from driftprobe.options import RunOptions, parse_mode
 from driftprobe.plan import Prompt
 from driftprobe.prompts import LENGTHS, boundary_prompts, make_prompt, make_prompts, read_prompt_file
 from driftprobe.remote import Node

@@ -31,6 +31,8 @@ _POSITIONS: tuple[Fault, ...] = (
 _EXTENT: tuple[Fault, ...] = (
     Fault("oldest_key_masked", "decode does not see key 0", "MISMATCH", "attn_scores", 0, "computation",
           "keys_masked", "cache extent"),
+    Fault("oldest_row_lost", "decode's cache has lost its oldest row: an eviction too early", "MISMATCH", "attn_scores",
+          0, "computation", "keys_masked", "cache extent", min_prompt=2),
     Fault("sink_tokens_lost", "decode does not see the first 4 keys", "MISMATCH", "attn_scores", 0, "computation",
           "keys_masked", "cache extent", min_prompt=5),
     Fault("newest_key_masked", "decode does not see its own token: the causal mask is off by one", "MISMATCH",

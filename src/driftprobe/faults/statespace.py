@@ -10,4 +10,6 @@ FAULTS: tuple[Fault, ...] = (
           min_prompt=4, min_kv_heads=0),
     Fault("state_not_carried", "decode starts from an empty recurrent state", "MISMATCH", "ssm_state", 0, "contents",
           "state_lost", "state-space", min_prompt=2, min_kv_heads=0),
+    Fault("state_faded", "decode starts from a recurrent state that has faded", "MISMATCH", "ssm_state", 0, "contents",
+          "state_scaled", "state-space", (0.5, 0.9, 0.99), "times the state", min_prompt=3, min_kv_heads=0),
 )  # fmt: skip

@@ -11,7 +11,7 @@ from itertools import chain
 
 import numpy as np
 
-from driftprobe.hypotheses import experts, logits, mlp, norms, projections, residual
+from driftprobe.hypotheses import experts, logits, mlp, norms, projections, residual, tables
 from driftprobe.hypotheses.base import DECODE, PREFILL, Prediction
 from driftprobe.hypotheses.blame import blame
 from driftprobe.hypotheses.view import Guess, Guesses, View
@@ -24,6 +24,7 @@ _FAMILIES: tuple[Callable[[View], Guesses], ...] = (
     experts.guesses,
     residual.guesses,
     logits.guesses,
+    tables.guesses,
 )
 
 

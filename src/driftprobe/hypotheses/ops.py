@@ -13,6 +13,7 @@ import numpy as np
 
 from driftprobe.fingerprint import Float64
 from driftprobe.hypotheses.view import View
+from driftprobe.taps import input_of
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 ACTIVATIONS: dict[str, Callable[[Float64], Float64]] = {
@@ -72,13 +73,29 @@ def norm_input(view: View) -> Float64 | None:
     return x
 
 
+def linear_taps(tensor: str) -> tuple[str, ...]:
+    """Return the taps that may hold what a projection was given: its own input where that is a tap."""
+    return (input_of(tensor), *LINEAR_INPUTS.get(tensor, ()))
+
+
 def linear_input(view: View) -> Float64 | None:
-    """Return what the failing projection was given, `[T, in]`."""
-    x = view.tap("final_norm", None) if view.tensor == "logits" else view.first(*LINEAR_INPUTS.get(view.tensor, ()))
+    """Return what the failing projection was given, `[T, in]`; one of low rank, what stands before its last matrix."""
+    x = view.tap("final_norm", None) if view.tensor == "logits" else view.first(*linear_taps(view.tensor))
     weight = view.constant(f"{view.tensor}.weight")
+    norm = norm_of(view, f"{view.tensor}.low_norm")
+    if x is not None and norm is not None:
+        x = _latent(view, x.reshape(len(x), -1), norm)
     if x is None or weight is None or weight.ndim != 2 or x[0].size != weight.shape[1]:
         return None
     return x.reshape(len(x), -1)
+
+
+def _latent(view: View, x: Float64, norm: Norm) -> Float64 | None:
+    """Return norm(low · x + bias): what a projection of low rank (DeepSeek-V2, 2024, section 2.1.3) multiplies last."""
+    low, bias = (view.constant(f"{view.tensor}.low.{name}") for name in ("weight", "bias"))
+    if low is None or low.ndim != 2 or low.shape[1] != x.shape[1]:
+        return None
+    return norm(x @ low.T + (0.0 if bias is None else bias))
 
 
 def linear(view: View, weight: Float64, *, biased: bool = True) -> Float64 | None:

@@ -24,7 +24,9 @@ from driftprobe.hypotheses.ops import (
     norm_of,
 )
 from driftprobe.hypotheses.residual import stream
+from driftprobe.hypotheses.tables import looked_up
 from driftprobe.hypotheses.view import View
+from driftprobe.taps import BY_NAME, input_of
 
 
 def replay(view: View) -> Float64 | None:
@@ -39,7 +41,7 @@ def replay(view: View) -> Float64 | None:
     elif tensor == "logits":
         head = head_of(view)
         found = None if head is None else head.result()
-    elif tensor in LINEAR_INPUTS:
+    elif tensor in LINEAR_INPUTS or view.tap(input_of(tensor)) is not None:
         weight = view.constant(f"{tensor}.weight")
         found = None if weight is None else linear(view, weight)
     elif tensor == "mlp_out":
@@ -48,6 +50,8 @@ def replay(view: View) -> Float64 | None:
         found = stream(view)
     elif tensor in ("attn_scores", "attn_probs", "attn_ctx"):
         found = _attention(view)
+    elif tensor not in BY_NAME:
+        found = looked_up(view)
     return found.reshape(result.shape) if found is not None and found.size == result.size else None
 
 

@@ -20,6 +20,9 @@ _RECOGNISED = 0.05
 """How far, relative, prefill's result may be from the rotation that explains it: rounding in bfloat16, and more."""
 _BEYOND = 8
 """Positions beyond the token's own for which prefill may have rotated."""
+_STEP = 0.2
+"""Radians that the fastest pair turns from one point of a grid to the next."""
+_MOST_PEAKS = 4096
 _LAYOUTS = ((True, True), (False, False), (False, True))
 """Whether pairs are halves of the rotated dimensions, rather than neighbours, in the input and in the result."""
 
@@ -137,24 +140,41 @@ class Estimate:
     """Its standard error, from what it leaves over."""
 
 
-def estimate(
-    rotary: Rotary, cross_F: Complex128, phase_F: Float64, rate_F: Float64, low: float, high: float
-) -> Estimate:
+def estimate(cross_F: Complex128, phase_F: Float64, rate_F: Float64, low: float, high: float) -> Estimate:
     """Return the x in [low, high] that turns pairs by phase + x × rate, as `cross_F` says they were turned."""
-    fastest = float(np.abs(rate_F).max(initial=0.0))
-    steps = int(min(max((high - low) * fastest / 0.2, 64), 400_000))
-    grid = np.linspace(low, high, steps + 1)
     toward = cross_F * np.exp(-1j * phase_F)
-    parts = np.array_split(grid, steps // 4096 + 1)  # a grid at once would be large for a long text
-    scores = np.concatenate([(toward * np.exp(-1j * part[:, None] * rate_F)).real.sum(axis=1) for part in parts])
-    x = float(grid[int(scores.argmax())])
-    curve = 0.0
+    at_X = _peaks(toward, rate_F, low, high)
     for _ in range(30):
-        left = toward * np.exp(-1j * x * rate_F)
-        curve = float((left.real * rate_F**2).sum())
-        if curve <= 0.0:
-            break
-        x += float((left.imag * rate_F).sum()) / curve
+        at_X = at_X + _newton(toward, rate_F, at_X)
+    fits = (toward * np.exp(-1j * at_X[:, None] * rate_F)).real.sum(axis=1)
+    x = float(at_X[int(fits.argmax())])
     left = toward * np.exp(-1j * x * rate_F)
+    curve = float((left.real * rate_F**2).sum())
     noise = float(np.square(left.imag).sum() / max(np.abs(left).sum(), 1e-300) / max(len(left) - 1, 1))
     return Estimate(x, float(np.sqrt(noise / curve)) if curve > 0.0 else np.inf)
+
+
+def _peaks(toward_F: Complex128, rate_F: Float64, low: float, high: float) -> Float64:
+    """Return the points of a grid where the fit peaks about as high as anywhere.
+
+    A fast pair fits as well a full turn on, and only slow pairs tell the peaks apart: where few pairs are rotated, by
+    less than what a peak loses for standing between two points of the grid. So all are kept that may be the highest.
+    """
+    fastest = float(np.abs(rate_F).max(initial=0.0))
+    steps = int(min(max((high - low) * fastest / _STEP, 64), 400_000))
+    grid = np.linspace(low, high, steps + 1)
+    parts = np.array_split(grid, steps // 4096 + 1)  # a grid at once would be large for a long text
+    scores = np.concatenate([(toward_F * np.exp(-1j * part[:, None] * rate_F)).real.sum(axis=1) for part in parts])
+    behind, before = np.append(scores[1:], -np.inf), np.append(-np.inf, scores[:-1])
+    turn = fastest * (high - low) / steps / 2.0
+    lost = (1.0 - np.cos(min(turn, np.pi))) * float(np.abs(toward_F).sum())
+    peaks = np.flatnonzero((scores >= before) & (scores >= behind) & (scores >= scores.max() - lost))
+    highest = peaks[np.argsort(-scores[peaks], kind="stable")][:_MOST_PEAKS]
+    return np.asarray(grid[highest], dtype=np.float64)
+
+
+def _newton(toward_F: Complex128, rate_F: Float64, at_X: Float64) -> Float64:
+    """Return how far it is to the top of each peak, by Newton's method; 0 where the fit is not concave."""
+    left = toward_F * np.exp(-1j * at_X[:, None] * rate_F)
+    curve, slope = (left.real * rate_F**2).sum(axis=1), (left.imag * rate_F).sum(axis=1)
+    return np.asarray(np.divide(slope, curve, out=np.zeros_like(at_X), where=curve > 0.0), dtype=np.float64)

@@ -28,7 +28,7 @@ def scores(scene: Scene) -> Iterator[Prediction]:
     if prefill is None or own is None or model is None:
         return
     if own.scores_HS.shape[1] != prefill.scores_HS.shape[1] or own.start != prefill.start:
-        yield from _extra(scene, model, prefill, own)
+        yield from _others(scene, model, prefill, own)
         return
     hidden = np.isneginf(own.scores_HS) & ~np.isneginf(prefill.scores_HS)
     if hidden.any():
@@ -53,17 +53,26 @@ def _made(
 
 def _masked(scene: Scene, model: ScoreModel, hidden_S: Flags, own: Attended) -> Iterator[Prediction]:
     """Keys that no head of the candidate sees, and prefill does."""
-    keys = tuple(int(key) for key in own.positions[hidden_S])
+    yield from _lost(scene, model, own.positions[hidden_S], own)
+
+
+def _lost(scene: Scene, model: ScoreModel, positions: Float64, own: Attended) -> Iterator[Prediction]:
+    keys = tuple(int(key) for key in positions)
     if not keys:
         return
     told: Parameters = {"keys": keys, "behind": tuple(scene.position - key for key in keys)}
-    yield _made(scene, "keys_masked", told, model.scores(own.products(), own), own)
+    made = model.scores(own.products(), own)
+    yield _made(scene, "keys_masked", told, made, own)
+    if model.slopes_H.any():  # linear biases by column (BLOOM): keys behind lost rows stand that many columns earlier
+        yield _made(scene, "keys_masked", told, made - len(keys) * model.slopes_H[:, None], own)
 
 
-def _extra(scene: Scene, model: ScoreModel, prefill: Attended, own: Attended) -> Iterator[Prediction]:
-    """The candidate sees keys that prefill does not: with their full weight, or with that of a finite mask."""
+def _others(scene: Scene, model: ScoreModel, prefill: Attended, own: Attended) -> Iterator[Prediction]:
+    """The candidate has other keys than prefill: fewer, or more, with their full weight or that of a finite mask."""
     known = np.isin(own.positions, prefill.positions)
     if known.all():
+        lost = prefill.positions[~np.isin(prefill.positions, own.positions)]
+        yield from _lost(scene, model, lost, own)
         return
     shared = replace(own, scores_HS=np.where(known, own.scores_HS, np.nan))
     plain = model.scores(own.products(), shared)

@@ -41,6 +41,10 @@ class View:
         """Return this arm's tensor at the failing tap."""
         return self.tap(self.tensor, step=step)
 
+    def rows(self, tensor: str) -> dict[int, Float64]:
+        """Return this arm's tensors at a tap of the failing layer by position (mode `paths`)."""
+        return self.scene.rows(self.arm, self.layer, tensor)
+
     def of_other(self) -> Float64 | None:
         """Return the other arm's tensor at the failing tap."""
         return self.scene.tensor(self.other, self.layer, self.tensor)

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from driftprobe.api import Result, RunOptions, builtin_prompts, make_engine, run
+from driftprobe.api import Result, builtin_prompts, make_engine, run
 from driftprobe.artifacts import write_reports
 from driftprobe.causes import agree
 from driftprobe.engines.base import Engine
 from driftprobe.errors import DriftprobeError, EngineError, UsageError
 from driftprobe.faults import FAULTS, Expected, Fault
+from driftprobe.options import RunOptions
 from driftprobe.plan import Mode, Prompt
 from driftprobe.prompts import make_prompts
 from driftprobe.selftest.render import reports

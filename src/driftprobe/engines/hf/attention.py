@@ -10,7 +10,7 @@ Axes: B batch (1), T tokens of this call, H query heads, G key/value heads, S ke
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -204,29 +204,38 @@ def _tokens(window: object) -> int | None:
     return window if isinstance(window, int) and window > 0 else None
 
 
+def attention_functions(modules: Iterable[Any]) -> Iterator[tuple[Any, str]]:
+    """Yield where the attention functions that modules call are looked up: a mapping and a name in it, each once.
+
+    A module that computes attention inside itself has none.
+    """
+    seen = set()
+    for module in modules:
+        space = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
+        registry = space.get("ALL_ATTENTION_FUNCTIONS")
+        if registry is None or id(space) in seen:
+            continue
+        seen.add(id(space))
+        name = getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"
+        if name != "eager" and name in registry:
+            yield registry, name
+        elif "eager_attention_forward" in space:
+            yield space, "eager_attention_forward"
+
+
 @contextmanager
 def attention_calls(layers: tuple[Layer, ...], listener: Listener) -> Iterator[None]:
     """Wrap the attention functions that these layers' modules call, while the context lasts."""
     indices = {id(layer.attention): layer.index for layer in layers if layer.attention is not None}
-    scopes = {}
-    for layer in layers:
-        if layer.attention is not None:
-            space = inspect.unwrap(type(layer.attention).forward).__globals__
-            scopes[id(space)] = (space, getattr(layer.attention, "config", None))
     with ExitStack() as stack:
-        for space, config in scopes.values():
-            name = getattr(config, "_attn_implementation", None) or "eager"
-            registry = space.get("ALL_ATTENTION_FUNCTIONS")
-            if name != "eager" and registry is not None and name in registry:
-                stack.enter_context(_replaced(registry, name, _listening(registry[name], listener, indices)))
-            elif registry is not None and "eager_attention_forward" in space:
-                wrapper = _listening(space["eager_attention_forward"], listener, indices)
-                stack.enter_context(_replaced(space, "eager_attention_forward", wrapper))
+        for mapping, name in attention_functions(layer.attention for layer in layers if layer.attention is not None):
+            stack.enter_context(replaced(mapping, name, _listening(mapping[name], listener, indices)))
         yield
 
 
 @contextmanager
-def _replaced(mapping: Any, name: str, value: object) -> Iterator[None]:
+def replaced(mapping: Any, name: str, value: object) -> Iterator[None]:
+    """Put another function in the place where one is looked up, while the context lasts."""
     own = getattr(mapping, "_local_mapping", mapping)
     missing = object()
     before = own.get(name, missing)

@@ -19,7 +19,15 @@ from driftprobe.engines.hf.attention import sliding_window
 from driftprobe.engines.hf.host import to_array
 from driftprobe.engines.hf.norms import recognise
 from driftprobe.engines.hf.spy import Learned
-from driftprobe.engines.hf.weights import biases, branch_norms, embedding_scale, experts_of, output_head, renormalises
+from driftprobe.engines.hf.weights import (
+    biases,
+    branch_norms,
+    embedding_scale,
+    experts_of,
+    low_rank,
+    output_head,
+    renormalises,
+)
 
 _SCORE_SCALE = ("scaling", "scale", "inv_norm_factor", "softmax_scale", "scale_attn", "norm_factor")
 _SOFTCAP = ("attn_logit_softcapping", "logit_softcapping", "attn_softcapping")
@@ -50,6 +58,9 @@ def number(layer: int | None, name: str, value: float) -> Constant:
 def _of_layer(model: Any, anatomy: Anatomy, learned: Learned, layer: Layer) -> Iterator[Constant]:
     i = layer.index
     norms = {"attn_norm": layer.attn_norm, "q_norm": layer.q_norm, "k_norm": layer.k_norm, "ffn_norm": layer.ffn_norm}
+    low = low_rank(layer)
+    if low is not None:
+        norms["q_proj.low_norm"] = low.norm
     for tensor, module in {**norms, **branch_norms(layer)}.items():
         yield from _norm(i, tensor, module)
     for tensor, bias in biases(layer, anatomy, learned).items():

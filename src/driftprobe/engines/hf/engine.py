@@ -344,8 +344,7 @@ class HFEngine:
     def _noise(self, arm: Arm) -> AbstractContextManager[None]:
         if arm.noise_seed is None:
             return nullcontext()
-        everywhere = {name: dtype for name, dtype in self._casts.items() if name not in BY_NAME}
-        return rounding_noise(self.model, arm.noise_seed, everywhere)  # a cache's cast is in no sum of products
+        return rounding_noise(self.model, arm.noise_seed, self._casts)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

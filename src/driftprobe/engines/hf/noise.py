@@ -3,6 +3,9 @@
 Monte Carlo arithmetic (Parker 1997): each result y becomes y·(1 + a·ξ), ξ uniform in [−1, 1]. The size a is one
 rounding to the storage dtype, and the probabilistic bound √K·u of a sum of K products (Higham and Mary 2019) in the
 dtype that the sum is accumulated in.
+
+A cast that is declared at a tap acts where it is declared: what goes into that op is off by a rounding to the cast's
+dtype. So the floor behind it is what the model makes of that rounding, not a guess at it.
 """
 
 from __future__ import annotations
@@ -15,13 +18,18 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from driftprobe.engines.hf.attention import attention_functions, replaced
 from driftprobe.fingerprint import CAST_ROUNDOFF, GRID_ROUNDOFF, UNIT_ROUNDOFF
 from driftprobe.taps import BY_NAME
 
 
 @contextmanager
 def rounding_noise(model: nn.Module, seed: int, casts: dict[str, str]) -> Iterator[None]:
-    """Perturb every op of a model while the context lasts; embeddings are looked up, not computed, and stay exact."""
+    """Perturb every op of a model while the context lasts; embeddings are looked up, not computed, and stay exact.
+
+    `casts` are all that the engine declares: those named after no tap coarsen every sum, those named after a product of
+    attention what that is given (`_CAST_OPERANDS`). Those of a cache are `with_cast_noise`'s.
+    """
     generator = torch.Generator().manual_seed(seed)
     own = "float64" if next(model.parameters()).dtype == torch.float64 else "float32"
     sums = [CAST_ROUNDOFF[dtype] for place, dtype in casts.items() if place not in BY_NAME]
@@ -33,6 +41,7 @@ def rounding_noise(model: nn.Module, seed: int, casts: dict[str, str]) -> Iterat
             hook = _perturbing(_terms(module), coarsest_sum, generator)
             stack.callback(module.register_forward_hook(hook).remove)
         stack.enter_context(_SoftmaxNoise(coarsest_sum, generator))
+        stack.enter_context(_operand_noise(model, casts, generator))
         yield
 
 
@@ -62,6 +71,35 @@ def with_cast_noise(cache: Any, seed: int, casts: dict[str, str]) -> None:
         return tuple(_cast(rows, dtype, generator) for rows, dtype in zip(update(*args, **kw), dtypes, strict=True))
 
     cache.update = rounding
+
+
+_CAST_OPERANDS = ("attn_scores", "attn_scores", "attn_ctx")
+"""The tap of the product that reads them, for query, key and value."""
+
+
+@contextmanager
+def _operand_noise(model: nn.Module, casts: dict[str, str], generator: torch.Generator) -> Iterator[None]:
+    """Hand query, key and value to attention functions as the casts would that are declared for their products.
+
+    Attention that is computed inside its module shows none of them, and is left as it is.
+    """
+    dtypes = [casts.get(tap) for tap in _CAST_OPERANDS]
+    with ExitStack() as stack:
+        for mapping, name in attention_functions(model.modules()) if any(dtypes) else ():
+            stack.enter_context(replaced(mapping, name, _with_cast_operands(mapping[name], dtypes, generator)))
+        yield
+
+
+def _with_cast_operands(
+    function: Callable[..., Any], dtypes: list[str | None], generator: torch.Generator
+) -> Callable[..., Any]:
+    def attention(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kw: Any
+    ) -> Any:
+        operands = (_cast(rows, dtype, generator) for rows, dtype in zip((query, key, value), dtypes, strict=True))
+        return function(module, *operands, *args, **kw)
+
+    return attention
 
 
 def _cast(rows: torch.Tensor, dtype: str | None, generator: torch.Generator) -> torch.Tensor:

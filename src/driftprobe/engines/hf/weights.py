@@ -39,6 +39,15 @@ class Experts:
     """How many experts a token goes to; 0 where that is not stated."""
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """What stands before a projection that is made of two (DeepSeek): a matrix `[rank, in]`, and a norm behind it."""
+
+    matrix: Tensor
+    bias: Tensor | None
+    norm: nn.Module
+
+
 def weights_of(model: Any, anatomy: Anatomy, learned: Learned, index: int | None, tensor: str) -> Iterator[Constant]:
     """Return the matrices of the op behind a tap; nothing where they are not known."""
     if index is None:
@@ -55,6 +64,9 @@ def weights_of(model: Any, anatomy: Anatomy, learned: Learned, index: int | None
         found = projections(layer, anatomy, learned)
         if tensor in found:
             yield Constant(index, f"{tensor}.weight", to_array(found[tensor]))
+        low = low_rank(layer) if tensor == "q_proj" else None
+        if low is not None:
+            yield Constant(index, "q_proj.low.weight", to_array(low.matrix))
     elif tensor == "attn_out":
         matrix = matrix_of(layer.out_proj)
         if matrix is not None:
@@ -91,6 +103,16 @@ def projections(layer: Layer, anatomy: Anatomy, learned: Learned) -> dict[str, T
     return {name: matrix for name, matrix in found.items() if matrix is not None}
 
 
+def low_rank(layer: Layer) -> LowRank | None:
+    """Return the first half of a query projection of low rank; None where queries are made by one projection."""
+    owner = layer.attention
+    if layer.q_proj is None or layer.q_proj is not getattr(owner, "q_b_proj", None):
+        return None
+    first, norm = getattr(owner, "q_a_proj", None), getattr(owner, "q_a_layernorm", None)
+    matrix = matrix_of(first)
+    return LowRank(matrix, _bias(first), norm) if matrix is not None and isinstance(norm, nn.Module) else None
+
+
 def biases(layer: Layer, anatomy: Anatomy, learned: Learned) -> dict[str, Tensor]:
     """Return tap -> bias of q, k, v, the output projection and the MLP's matrices, those that have one."""
     found = {name: _bias(getattr(layer, name)) for name in _PROJECTIONS}
@@ -103,6 +125,8 @@ def biases(layer: Layer, anatomy: Anatomy, learned: Learned) -> dict[str, Tensor
         for name, module in _mlp_modules(layer).items():
             found[f"mlp_out.{name}"] = _bias(module)
     found["router_logits"] = _bias(layer.router)
+    low = low_rank(layer)
+    found["q_proj.low"] = None if low is None else low.bias
     return {name: bias for name, bias in found.items() if bias is not None}
 
 

@@ -54,6 +54,10 @@ class Placed:
     """The first position whose token is not the reference's while all before it are; None without one."""
     moved: int = 0
     """Rows whose position by their tokens is not the one that the call named."""
+    count: int = 0
+    """How many tokens of its batch row the call has, padding included."""
+    beyond: int = 0
+    """Rows of the cache beyond the positions before the call's first; 0 where padding is hidden."""
 
 
 def read_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], locate: Locate | None) -> Call | None:
@@ -224,7 +228,8 @@ class Placer:
         positions = _without_hole(call, context, guesses[0])
         if self.sequence is not None:
             agreeing = [guess for guess in guesses if self._agrees(context, guess, tokens)]
-            searched = [] if agreeing else [self._searched(context, tokens, guesses[0])]
+            known = bool(agreeing) or _continues(call, context, guesses[0])
+            searched = [] if known else [self._searched(context, tokens, guesses[0])]
             positions = [*agreeing, *filter(None, searched), guesses[0]][0]
         good = self._matching(context) if self.sequence is not None else 0
         kept, stray = [], None
@@ -244,7 +249,7 @@ class Placer:
         if self.sequence is None:
             context.feed(positions, tokens)
         moved = sum(a != b for a, b in zip(positions, guesses[0], strict=True))
-        return context, Placed(row, tuple(kept), stray, moved)
+        return context, Placed(row, tuple(kept), stray, moved, call.count, _beyond(call, row, positions))
 
     def _matching(self, context: _Context) -> int:
         """Return how many of a context's first tokens are the reference's."""
@@ -269,6 +274,22 @@ class Placer:
         if not named or not fitting:
             return None
         return min(fitting, key=lambda run: abs(run[0] - named[0]))
+
+
+def _beyond(call: Call, row: int, positions: Sequence[int]) -> int:
+    hidden = call.mask_BS is not None and not all(call.mask_BS[row])
+    if hidden or call.past is None or not positions:
+        return 0
+    return max(0, call.past - positions[0])
+
+
+def _continues(call: Call, context: _Context, named: list[int]) -> bool:
+    """Whether a call goes on right behind what its cache was fed: another token there is another text.
+
+    A cache that tells no length is believed where the call names its positions.
+    """
+    told = call.past if call.past is not None else named[0] if named and call.located is not None else None
+    return call.cache is not None and bool(named) and told == named[0] == len(context.tokens)
 
 
 def _without_hole(call: Call, context: _Context, named: list[int]) -> list[int]:

@@ -22,8 +22,9 @@ from driftprobe.engines.hf.host import to_array
 from driftprobe.engines.hf.lifting import RUNG, Narrowings, lifted
 from driftprobe.engines.hf.noise import rounding_noise
 from driftprobe.engines.hf.paths.axes import Layout, find_layout, follows_keys
-from driftprobe.engines.hf.paths.calls import Locate
+from driftprobe.engines.hf.paths.calls import Locate, Placed
 from driftprobe.engines.hf.paths.listen import Key, Listener, Scouted
+from driftprobe.engines.hf.paths.matrices import module_weights
 from driftprobe.engines.hf.paths.names import Place, name_points
 from driftprobe.errors import EngineError, UsageError
 from driftprobe.fingerprint import UNIT_ROUNDOFF, Array
@@ -74,6 +75,8 @@ class Compared:
     layouts: dict[Key, Layout] = field(default_factory=dict)
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     """Reason -> tap -> in how many calls it fired."""
+    calls: dict[str, dict[int, Placed]] = field(default_factory=dict)
+    """Arm -> position -> the last call that computed it."""
 
 
 class PathEngine:
@@ -143,9 +146,10 @@ class PathEngine:
                 yield from self._hf.constants(frozenset(range(self._naming.layers)))
 
     def weights(self, layer: int | None, tensor: str) -> Iterator[Constant]:
-        """Return the matrices of the op behind a tap; see Engine.weights."""
+        """Return the matrices of the op or module behind a tap; see Engine.weights, module_weights."""
         if self._hf is not None and tensor in BY_NAME:
             yield from self._hf.weights(layer, tensor)
+        yield from module_weights(self._model(), self._naming, layer, tensor)
 
     def scout(self, limit: int) -> Compared:
         """Run both paths once and return what they have in common, at most `limit` positions of it.
@@ -178,6 +182,7 @@ class PathEngine:
             taps=self._named(key for key in again.fired if key in layouts),
             layouts=layouts,
             left_out=left_out,
+            calls={"P": _last_calls(again), "D": _last_calls(other)},
         )
 
     def run(self, arm: str, compared: Compared, noise_seed: int | None = None) -> Iterator[Row]:
@@ -393,6 +398,10 @@ def _lengths(*runs: Scouted) -> set[int]:
 
 def _computed(run: Scouted) -> set[int]:
     return {position for placed in run.placed for _, position in placed.positions}
+
+
+def _last_calls(run: Scouted) -> dict[int, Placed]:
+    return {position: placed for placed in run.placed for _, position in placed.positions}
 
 
 def _edges(*runs: Scouted) -> set[int]:

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from driftprobe.taps import BY_NAME
+from driftprobe.engines.hf.weights import matrix_of
+from driftprobe.taps import BY_NAME, input_of
 
 Place = tuple[int | None, str]
 Point = tuple[str, str]
@@ -62,9 +64,29 @@ def name_points(model: nn.Module, anatomy: Any, taps: dict[str, tuple[int, ...]]
         heads |= dict.fromkeys(("k_proj", "v_proj", "k_norm"), anatomy.kv_heads)
     else:
         canonical |= _general_points(model, stack)
+    naming = Naming(canonical, frozenset(), stack, 0, {})
+    canonical |= dict(_matrix_inputs(model, naming))
     blocks = len(list(model.get_submodule(stack).children())) if stack else 0
     inputs = frozenset(name for name, side in canonical if side == "input")
     return Naming(canonical, inputs, stack, blocks, {k: n for k, n in heads.items() if n})
+
+
+def _matrix_inputs(model: nn.Module, naming: Naming) -> Iterator[tuple[Point, Place]]:
+    """Yield the input of every module with a matrix, unless its name says already which tap that is.
+
+    With it and the matrix a diagnosis can tell what the module should have given.
+    """
+    for name, module in model.named_modules():
+        layer, tensor = naming.place(name, "output", 0)
+        known = (name, "input") in naming.canonical or (tensor in BY_NAME and tensor != "mlp_out")
+        if name and not known and has_matrix(module):
+            yield (name, "input"), (layer, input_of(tensor))
+
+
+def has_matrix(module: nn.Module) -> bool:
+    """Whether a module multiplies its input with a matrix of floats, as its `weight` of two axes suggests."""
+    matrix = None if isinstance(module, nn.Embedding) else matrix_of(module)
+    return matrix is not None and torch.is_floating_point(matrix)
 
 
 def _promised(place: Place, taps: dict[str, tuple[int, ...]]) -> bool:

@@ -11,6 +11,7 @@ import torch
 from driftprobe.causes import Parameters
 from driftprobe.engines.hf.anatomy import text_config
 from driftprobe.engines.hf.attention import sliding_window
+from driftprobe.engines.hf.cache import TupleCache, past_of
 from driftprobe.engines.hf.planting.base import (
     Call,
     Planter,
@@ -107,10 +108,7 @@ def _window_plus_one(site: Site, _strength: float) -> Iterator[Expected]:
 @contextmanager
 def _extra_key_visible(site: Site, _strength: float) -> Iterator[Expected]:
     """Let decode see one row behind its own that nobody wrote, in the layers that see all keys."""
-    name, known = "extra_key_visible", windows(site)
-    whole = [layer.index for layer in site.anatomy.layers if layer.attention is not None and layer.index not in known]
-    if not whole:
-        raise cannot_act(name, "a sliding window in every layer", "a layer that sees all keys")
+    whole = _whole("extra_key_visible", site)
     with switched(site, is_decode) as switch:
 
         def handed(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
@@ -127,6 +125,34 @@ def _extra_key_visible(site: Site, _strength: float) -> Iterator[Expected]:
         with rows_handed(site, handed), argument_changed(site, switch, "attention_mask", widened):
             where = site.first(whole[0], "attn_scores", "attn_probs", "attn_ctx")
             yield Expected(*where, "computation", "keys_extra", {"count": 1})
+
+
+def _whole(name: str, site: Site) -> list[int]:
+    """Return the layers whose attention sees all keys. Raises UsageError where there is none."""
+    known = windows(site)
+    found = [layer.index for layer in site.anatomy.layers if layer.attention is not None and layer.index not in known]
+    if not found:
+        raise cannot_act(name, "a sliding window in every layer", "a layer that sees all keys")
+    return found
+
+
+@contextmanager
+def _oldest_row_lost(site: Site, _strength: float) -> Iterator[Expected]:
+    """Take the oldest row out of the cache before the first decode step, in the layers that see all keys."""
+    whole, fresh = _whole("oldest_row_lost", site), list[bool]()
+
+    def evict(call: Call) -> list[Undo]:
+        cache = past_of(call)
+        if isinstance(cache, TupleCache) or not hasattr(cache, "layers"):
+            raise cannot_act("oldest_row_lost", "a cache that is not kept in layers", "a Cache object of layers")
+        for held in (cache.layers[layer] for layer in whole if fresh):
+            held.keys, held.values = held.keys[:, :, 1:], held.values[:, :, 1:]
+        fresh.clear()
+        return []
+
+    with during(site, is_decode, evict), after_prefill(site, lambda _cache: fresh.append(True)):
+        where = site.first(whole[0], "attn_scores", "attn_probs", "attn_ctx")
+        yield Expected(*where, "computation", "keys_masked", {"keys": (0,)})
 
 
 def _prefill_mask(cause: str, told: Callable[[float], Parameters], change: Callable[[Tensor, float], None]) -> Planter:
@@ -156,6 +182,7 @@ def _next_seen(mask: Tensor, _strength: float) -> None:
 
 PLANTERS: dict[str, Planter] = {
     "oldest_key_masked": _hidden("oldest_key_masked", lambda _n, _w: (0,), lambda _w: {"keys": (0,)}),
+    "oldest_row_lost": _oldest_row_lost,
     "sink_tokens_lost": _hidden(
         "sink_tokens_lost", lambda _n, _w: tuple(range(SINKS)), lambda _w: {"keys": tuple(range(SINKS))}
     ),

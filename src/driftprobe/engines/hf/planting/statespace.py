@@ -30,17 +30,22 @@ def _conv_window_short(site: Site, strength: float) -> Iterator[Expected]:
         yield Expected(layers[0], "conv_state", "contents", "conv_window", {"lost": lost})
 
 
-@contextmanager
-def _state_not_carried(site: Site, _strength: float) -> Iterator[Expected]:
-    layers = _layers(site, "state_not_carried", "ssm_state")
+def _faded(name: str, cause: str) -> Planter:
+    """Return the planter of a recurrent state that is carried over times the strength, or not at all."""
 
-    def change(cache: Any) -> None:
-        for layer in range(layer_count(cache)):
-            for state in stored_states(cache, layer).recurrent:
-                state.zero_()
+    @contextmanager
+    def planted(site: Site, strength: float) -> Iterator[Expected]:
+        layers, kept = _layers(site, name, "ssm_state"), 0.0 if cause == "state_lost" else strength
 
-    with after_prefill(site, change):
-        yield Expected(layers[0], "ssm_state", "contents", "state_lost")
+        def change(cache: Any) -> None:
+            for layer in range(layer_count(cache)):
+                for state in stored_states(cache, layer).recurrent:
+                    state.mul_(kept) if kept else state.zero_()
+
+        with after_prefill(site, change):
+            yield Expected(layers[0], "ssm_state", "contents", cause, {"factor": kept} if kept else {})
+
+    return planted
 
 
 def _layers(site: Site, name: str, tensor: str) -> tuple[int, ...]:
@@ -57,4 +62,8 @@ def _kernel(mixer: nn.Module | None) -> int:
     return next((int(module.kernel_size[0]) for module in modules if isinstance(module, nn.Conv1d)), 1)
 
 
-PLANTERS: dict[str, Planter] = {"conv_window_short": _conv_window_short, "state_not_carried": _state_not_carried}
+PLANTERS: dict[str, Planter] = {
+    "conv_window_short": _conv_window_short,
+    "state_not_carried": _faded("state_not_carried", "state_lost"),
+    "state_faded": _faded("state_faded", "state_scaled"),
+}
