@@ -29,6 +29,7 @@ from driftprobe.plan import Plan, Prompt, at_rung
 from driftprobe.prompts import LENGTHS, Source, boundary_prompts, builtin_prompt, make_prompts
 from driftprobe.prune import prune_payloads
 from driftprobe.report import render_all
+from driftprobe.side_by_side import side_of, write_comparison
 from driftprobe.trace import Trace, read_header
 from driftprobe.verdict import judge
 
@@ -182,6 +183,20 @@ def analyze(folder: str | Path, *, mode: str | None = None) -> Result:
     where = traces_folder(place)
     payloads = Payloads(where)
     return Result(diagnose(judge(traces, payloads), traces, payloads), traces, where)
+
+
+def compare(left: str | Path, right: str | Path, root: Path, *, date: str = "") -> tuple[Result, list[str]]:
+    """Compare two runs, prefill with prefill and decode with decode, and write traces and reports into `root`.
+
+    `left` and `right` are folders as `analyze` takes them. Returns the verdict, and a line for each prompt that could
+    not be compared. Raises UsageError where nothing could, TraceError for a trace that breaks the format.
+    """
+    sides = [side_of(Path(folder), load_traces(Path(folder)), traces_folder(Path(folder))) for folder in (left, right)]
+    with staged(root) as stage:
+        left_out = write_comparison(sides[0], sides[1], stage, date)
+        result = analyze(stage.root)
+        write_reports(stage.root, result.reports())
+    return replace(result, folder=root / "traces"), left_out
 
 
 def run(
