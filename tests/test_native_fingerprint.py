@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from driftprobe.engines import include_folder
 from driftprobe.fingerprint import DTYPES, Array, Fingerprint, fingerprint
-from native_header import BAD_ARGUMENT, Print, Tensor, fingerprint_in_c, library, tensor
+from native_header import BAD_ARGUMENT, INCLUDE, Print, Tensor, fingerprint_in_c, library, tensor
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +103,10 @@ def test_what_is_not_finite_or_overflows_is_counted_and_saturates(header, values
 def test_any_bits_have_pythons_fingerprint(header, dtype, n, seed, size):
     array = sample(dtype, n, seed)
     assert_same(fingerprint_in_c(header, array, size), fingerprint(array, size))
+
+
+def test_the_header_is_found_where_the_command_says():
+    assert (include_folder() / "driftprobe.h").read_bytes() == (INCLUDE / "driftprobe.h").read_bytes()
 
 
 def test_a_tensor_that_cannot_be_is_refused(header):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from driftprobe.engines.base import Engine
@@ -44,6 +45,13 @@ ENGINES: dict[str, Entry] = {
         ("config",),
     ),
 }
+
+
+def include_folder() -> Path:
+    """Return the folder of driftprobe.h, for a C or C++ compiler's -I: the package's own, or the checkout's."""
+    package = Path(__file__).resolve().parents[1]
+    folders = (package / "include", package.parents[1] / "include")
+    return next((folder for folder in folders if (folder / "driftprobe.h").is_file()), folders[0])
 
 
 def open_engine(name: str, **options: Any) -> Engine:
