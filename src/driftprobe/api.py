@@ -193,7 +193,7 @@ def compare(left: str | Path, right: str | Path, root: Path, *, date: str = "") 
     """
     sides = [side_of(Path(folder), load_traces(Path(folder)), traces_folder(Path(folder))) for folder in (left, right)]
     with staged(root) as stage:
-        left_out = write_comparison(sides[0], sides[1], stage, date)
+        left_out = write_comparison(sides[0], sides[1], stage, date, root.as_posix())
         result = analyze(stage.root)
         write_reports(stage.root, result.reports())
     return replace(result, folder=root / "traces"), left_out

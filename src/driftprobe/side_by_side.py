@@ -34,11 +34,12 @@ class Side:
     payloads: Payloads
 
 
-def write_comparison(left: Side, right: Side, stage: Layout, date: str) -> list[str]:
+def write_comparison(left: Side, right: Side, stage: Layout, date: str, output: str = "") -> list[str]:
     """Write a trace for each prompt and phase that both sides have; returns what could not be compared, a line each.
 
-    The reference is the side that measured its rounding noise (arms N), else the left one: their drift is of use only
-    against the reference. Raises UsageError where no prompt of both has the same tokens.
+    `output` is the folder that reports name. The reference is the side that measured its rounding noise (arms N), else
+    the left one: their drift is of use only against the reference. Raises UsageError where no prompt of both has the
+    same tokens.
     """
     reference, candidate = (right, left) if _noisy(right) and not _noisy(left) else (left, right)
     left_out: list[str] = []
@@ -50,7 +51,7 @@ def write_comparison(left: Side, right: Side, stage: Layout, date: str) -> list[
             left_out.append(f"prompt {one.header.prompt}: {fault}")
             continue
         for phase in PHASES:
-            written += _write(one, other, phase, (reference, candidate), stage, date)
+            written += _write(one, other, phase, (reference, candidate), stage, (date, output))
     names = {t.header.prompt for t in _runs(reference)}
     left_out += [f"prompt {t.header.prompt}: only {candidate.name} has it" for t in _runs(candidate)
                  if t.header.prompt not in names]  # fmt: skip
@@ -94,14 +95,16 @@ def _other_tokens(one: Trace, other: Trace) -> str:
     return ""
 
 
-def _write(one: Trace, other: Trace, phase: str, sides: tuple[Side, Side], stage: Layout, date: str) -> int:
-    """Write the trace of one phase; returns how many pairs of tensors it holds."""
+def _write(
+    one: Trace, other: Trace, phase: str, sides: tuple[Side, Side], stage: Layout, named: tuple[str, str]
+) -> int:
+    """Write the trace of one phase; returns how many pairs it holds. `named` is its date and output folder."""
     arm = PHASES[phase]
     mine, theirs = (_rows(trace, arm) for trace in (one, other))
     shared = {where for where in mine.keys() & theirs.keys() if mine[where].shape == theirs[where].shape}
     if not shared:
         return 0
-    header = _header(one, other, phase, shared, sides, date)
+    header = _header(one, other, phase, shared, sides, *named)
     stem = f"{header.prompt}_{PATHS}"
     kept: dict[str, dict[str, Array]] = {}
     with TraceWriter(stage.traces / f"{stem}.jsonl", header) as writer:
@@ -160,7 +163,9 @@ def _kept(record: Record, payloads: Payloads, stem: str, kept: dict[str, dict[st
     return replace(record, payload=f"{payload_file(stem, record.arm)}#{name}")
 
 
-def _header(one: Trace, other: Trace, phase: str, shared: set[_Place], sides: tuple[Side, Side], date: str) -> Header:
+def _header(
+    one: Trace, other: Trace, phase: str, shared: set[_Place], sides: tuple[Side, Side], date: str, output: str
+) -> Header:
     taps: dict[str, set[int]] = {}
     for layer, tensor, _ in shared:
         taps.setdefault(tensor, set()).update(() if layer is None else (layer,))
@@ -180,7 +185,7 @@ def _header(one: Trace, other: Trace, phase: str, shared: set[_Place], sides: tu
         taps={tensor: tuple(sorted(layers)) for tensor, layers in taps.items()},
         sketch_size=one.header.sketch_size,
         payload=one.header.payload if one.header.payload == other.header.payload else "failing",
-        labels={"reference": sides[0].name, "candidate": sides[1].name},
+        labels={"reference": sides[0].name, "candidate": sides[1].name} | ({"output": output} if output else {}),
     )  # fmt: skip
 
 
