@@ -171,6 +171,7 @@ typedef SRWLOCK dp__lock;
 #define DP__LOCK(l) AcquireSRWLockExclusive(l)
 #define DP__UNLOCK(l) ReleaseSRWLockExclusive(l)
 #define DP__LOCK_END(l) (void)(l)
+#define DP__LOCK_STATIC SRWLOCK_INIT
 #else
 #include <pthread.h>
 typedef pthread_mutex_t dp__lock;
@@ -178,6 +179,13 @@ typedef pthread_mutex_t dp__lock;
 #define DP__LOCK(l) pthread_mutex_lock(l)
 #define DP__UNLOCK(l) pthread_mutex_unlock(l)
 #define DP__LOCK_END(l) pthread_mutex_destroy(l)
+#define DP__LOCK_STATIC PTHREAD_MUTEX_INITIALIZER
+#endif
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(DRIFTPROBE_SCALAR)
+#include <immintrin.h>
+#define DP__X86 1
+#else
+#define DP__X86 0
 #endif
 
 /* ---- dtypes: the one door to double ---- */
@@ -341,12 +349,13 @@ static double dp__sign(uint64_t i) {
 }
 
 typedef struct dp__sums {
-    double abs_sum, sum, squares, top;
+    double abs_sum, sum, squares, min, max;
+    int64_t nz, finite;
 } dp__sums;
 
 /* Add up a chunk's finite elements; NaN and infinity are counted and become 0 in place, as the sketch needs them. */
-static dp__sums dp__moments(double *x, size_t n, dp_fingerprint *f, int64_t *finite) {
-    dp__sums s = {0, 0, 0, 0};
+static dp__sums dp__moments(double *x, size_t n, dp_fingerprint *f) {
+    dp__sums s = {0, 0, 0, 0, 0, 0, 0};
     size_t i;
     for (i = 0; i < n; i++) {
         double v = x[i], size = fabs(v);
@@ -356,14 +365,21 @@ static dp__sums dp__moments(double *x, size_t n, dp_fingerprint *f, int64_t *fin
             x[i] = 0.0;
             continue;
         }
-        if (*finite == 0 || v < f->min) f->min = v;
-        if (*finite == 0 || v > f->max) f->max = v;
-        ++*finite;
-        f->nz_count += v != 0.0;
+        if (s.finite == 0 || v < s.min) s.min = v;
+        if (s.finite == 0 || v > s.max) s.max = v;
+        s.finite++;
+        s.nz += v != 0.0;
         s.abs_sum += size, s.sum += v, s.squares += v * v;
-        if (size > s.top) s.top = size;
     }
     return s;
+}
+
+static void dp__pool(dp__sums *all, const dp__sums *part) {
+    if (!part->finite) return;
+    if (!all->finite || part->min < all->min) all->min = part->min;
+    if (!all->finite || part->max > all->max) all->max = part->max;
+    all->finite += part->finite, all->nz += part->nz;
+    all->abs_sum += part->abs_sum, all->sum += part->sum, all->squares += part->squares;
 }
 
 /* Where plain sums over- or underflow: the mean and norm of the elements divided by the largest. */
@@ -383,11 +399,39 @@ static void dp__scaled_moments(const dp_tensor *t, double top, int64_t finite, d
     if (mean_too) f->mean = top * (sum / (double)finite);
 }
 
+/* The signs of elements 0, 1, ... as bits (1 is minus), 65536 in a block: made when first asked for, then shared. */
+#define DP__SIGN_BLOCKS 1024
+static uint64_t *dp__sign_cache[DP__SIGN_BLOCKS];
+static dp__lock dp__sign_lock = DP__LOCK_STATIC;
+
+static void dp__make_signs(uint64_t block, uint64_t *bits) {
+    uint64_t i, first = block * DP__BLOCK;
+    memset(bits, 0, DP__BLOCK / 8);
+    for (i = 0; i < DP__BLOCK; i++)
+        if (dp__sign(first + i) < 0) bits[i / 64] |= UINT64_C(1) << (i % 64);
+}
+
+/* The bits of one block, from the cache; beyond it, or without memory, made in `own`. */
+static const uint64_t *dp__signs(uint64_t block, uint64_t *own) {
+    const uint64_t *found = NULL;
+    if (block < DP__SIGN_BLOCKS) {
+        DP__LOCK(&dp__sign_lock);
+        if (!dp__sign_cache[block] && (dp__sign_cache[block] = (uint64_t *)malloc(DP__BLOCK / 8)))
+            dp__make_signs(block, dp__sign_cache[block]);
+        found = dp__sign_cache[block];
+        DP__UNLOCK(&dp__sign_lock);
+    }
+    if (!found) dp__make_signs(block, own), found = own;
+    return found;
+}
+
 /* One sketch block's running sums, and where in it the next element goes. */
 typedef struct dp__sketcher {
     double *sums, *totals;
     size_t size, block, filled, bucket;
     uint64_t next;
+    const uint64_t *signs; /* of the 65536 elements around `next` */
+    uint64_t *own;
 } dp__sketcher;
 
 static void dp__end_block(dp__sketcher *s) {
@@ -402,7 +446,10 @@ static void dp__end_block(dp__sketcher *s) {
 static void dp__sketch(dp__sketcher *s, const double *x, size_t n) {
     size_t i;
     for (i = 0; i < n; i++) {
-        s->sums[s->bucket] += dp__sign(s->next++) * x[i];
+        size_t at = (size_t)(s->next % DP__BLOCK);
+        if (at == 0) s->signs = dp__signs(s->next / DP__BLOCK, s->own);
+        s->next++;
+        s->sums[s->bucket] += s->signs[at / 64] >> (at % 64) & 1 ? -x[i] : x[i];
         if (++s->bucket == s->size) s->bucket = 0;
         if (++s->filled == s->block) dp__end_block(s);
     }
@@ -413,6 +460,7 @@ typedef struct dp__room {
     double values[DP__CHUNK];
     unsigned char bytes[DP__CHUNK * 8], spare[DP__CHUNK * 8];
     double sums[DP__BLOCK];
+    uint64_t signs[DP__BLOCK / 64];
 } dp__room;
 
 static dp__room *dp__new_room(void) {
@@ -429,37 +477,208 @@ static void dp__free_room(dp__room *room) {
     free(room);
 }
 
+/* ---- the same in vectors: whole rounds of 64 buckets, finite elements only ---- */
+
+#if DP__X86
+#define DP__AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#define DP__AVX2 __attribute__((target("avx2,fma,f16c")))
+
+#ifdef DRIFTPROBE_NO_AVX512 /* for tests: what a machine without it does */
+#define DP__HAS_AVX512 0
+#else
+#define DP__HAS_AVX512 \
+    (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+#endif
+
+typedef struct dp__lanes512 {
+    __m512d sketch[8], sum[2], abs[2], squares[2];
+    __m512 min, max;
+    __mmask16 wild; /* elements that are not finite */
+    int64_t nz;
+} dp__lanes512;
+
+/* Sixteen floats, the ones that go to buckets 16 * quarter and on; `signs` are their 16 bits. */
+static inline DP__AVX512 void dp__sixteen(dp__lanes512 *a, __m512 v, unsigned signs, int quarter) {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+    const __m512d minus = _mm512_set1_pd(-0.0);
+    const __m512i bits = _mm512_castps_si512(v), exponent = _mm512_set1_epi32(0x7F800000);
+    a->wild = (__mmask16)(a->wild | _mm512_cmpeq_epi32_mask(_mm512_and_si512(bits, exponent), exponent));
+    a->nz += __builtin_popcount((unsigned)_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ));
+    a->min = _mm512_min_ps(a->min, v), a->max = _mm512_max_ps(a->max, v);
+    a->sketch[2 * quarter] = _mm512_add_pd(a->sketch[2 * quarter], _mm512_mask_xor_pd(low, (__mmask8)signs, low, minus));
+    a->sketch[2 * quarter + 1] =
+        _mm512_add_pd(a->sketch[2 * quarter + 1], _mm512_mask_xor_pd(high, (__mmask8)(signs >> 8), high, minus));
+    a->sum[0] = _mm512_add_pd(a->sum[0], low), a->sum[1] = _mm512_add_pd(a->sum[1], high);
+    a->abs[0] = _mm512_add_pd(a->abs[0], _mm512_abs_pd(low)), a->abs[1] = _mm512_add_pd(a->abs[1], _mm512_abs_pd(high));
+    a->squares[0] = _mm512_fmadd_pd(low, low, a->squares[0]), a->squares[1] = _mm512_fmadd_pd(high, high, a->squares[1]);
+}
+
+static inline DP__AVX512 __m512 dp__load512(const unsigned char *x, int dtype) {
+    if (dtype == DP_FLOAT32) return _mm512_loadu_ps((const float *)(const void *)x);
+    const __m256i half = _mm256_loadu_si256((const __m256i *)(const void *)x);
+    if (dtype == DP_FLOAT16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+/* A chunk of n floats (a multiple of 64) whose first goes to bucket 0. Returns 0, with nothing done, where one is NaN or
+ * infinite. */
+static inline __attribute__((always_inline)) DP__AVX512 int dp__rounds512(const unsigned char *x, int dtype, size_t n,
+                                                                      const uint64_t *signs, double *sums, dp__sums *s) {
+    const size_t size = dtype == DP_FLOAT32 ? 4 : 2;
+    dp__lanes512 a;
+    size_t i;
+    int b;
+    memset(&a, 0, sizeof a);
+    a.min = _mm512_set1_ps(INFINITY), a.max = _mm512_set1_ps(-INFINITY);
+    for (b = 0; b < 8; b++) a.sketch[b] = _mm512_loadu_pd(sums + 8 * b);
+    for (i = 0; i < n; i += 64) {
+        const uint64_t bits = signs[i / 64];
+        const unsigned char *at = x + i * size;
+        dp__sixteen(&a, dp__load512(at, dtype), (unsigned)(bits & 0xFFFF), 0);
+        dp__sixteen(&a, dp__load512(at + 16 * size, dtype), (unsigned)(bits >> 16 & 0xFFFF), 1);
+        dp__sixteen(&a, dp__load512(at + 32 * size, dtype), (unsigned)(bits >> 32 & 0xFFFF), 2);
+        dp__sixteen(&a, dp__load512(at + 48 * size, dtype), (unsigned)(bits >> 48), 3);
+    }
+    if (a.wild) return 0;
+    for (b = 0; b < 8; b++) _mm512_storeu_pd(sums + 8 * b, a.sketch[b]);
+    s->sum = _mm512_reduce_add_pd(_mm512_add_pd(a.sum[0], a.sum[1]));
+    s->abs_sum = _mm512_reduce_add_pd(_mm512_add_pd(a.abs[0], a.abs[1]));
+    s->squares = _mm512_reduce_add_pd(_mm512_add_pd(a.squares[0], a.squares[1]));
+    s->min = (double)_mm512_reduce_min_ps(a.min), s->max = (double)_mm512_reduce_max_ps(a.max);
+    s->nz = a.nz, s->finite = (int64_t)n;
+    return 1;
+}
+
+/* The dtype is a constant in each, so that the loop has no branch. */
+static DP__AVX512 int dp__chunk512(const unsigned char *x, int dtype, size_t n, const uint64_t *signs, double *sums, dp__sums *s) {
+    if (dtype == DP_FLOAT32) return dp__rounds512(x, DP_FLOAT32, n, signs, sums, s);
+    if (dtype == DP_FLOAT16) return dp__rounds512(x, DP_FLOAT16, n, signs, sums, s);
+    return dp__rounds512(x, DP_BFLOAT16, n, signs, sums, s);
+}
+
+static inline DP__AVX2 __m256 dp__load256(const unsigned char *x, int dtype) {
+    if (dtype == DP_FLOAT32) return _mm256_loadu_ps((const float *)(const void *)x);
+    const __m128i half = _mm_loadu_si128((const __m128i *)(const void *)x);
+    if (dtype == DP_FLOAT16) return _mm256_cvtph_ps(half);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+static inline DP__AVX2 double dp__sum256(__m256d v) {
+    double lane[4];
+    _mm256_storeu_pd(lane, v);
+    return (lane[0] + lane[1]) + (lane[2] + lane[3]);
+}
+
+static inline __attribute__((always_inline)) DP__AVX2 int dp__rounds256(const unsigned char *x, int dtype, size_t n,
+                                                                    const uint64_t *signs, double *sums, dp__sums *s) {
+    const size_t size = dtype == DP_FLOAT32 ? 4 : 2;
+    const __m256i exponent = _mm256_set1_epi32(0x7F800000), places = _mm256_setr_epi64x(1, 2, 4, 8);
+    const __m256d minus = _mm256_set1_pd(-0.0);
+    __m256d sum = _mm256_setzero_pd(), abs = sum, squares = sum;
+    __m256 min = _mm256_set1_ps(INFINITY), max = _mm256_set1_ps(-INFINITY);
+    __m256i wild = _mm256_setzero_si256();
+    double now[64];
+    float lane[8];
+    int64_t nz = 0;
+    size_t i, g;
+    memcpy(now, sums, sizeof now);
+    for (i = 0; i < n; i += 64)
+        for (g = 0; g < 64; g += 8) {
+            const __m256 v = dp__load256(x + (i + g) * size, dtype);
+            const __m256d both[2] = {_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))};
+            const uint64_t bits = signs[i / 64] >> g;
+            int h;
+            wild = _mm256_or_si256(wild, _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_castps_si256(v), exponent), exponent));
+            nz += __builtin_popcount((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ)));
+            min = _mm256_min_ps(min, v), max = _mm256_max_ps(max, v);
+            for (h = 0; h < 2; h++) {
+                const __m256i four = _mm256_set1_epi64x((int64_t)(bits >> (4 * h)));
+                const __m256i set = _mm256_cmpeq_epi64(_mm256_and_si256(four, places), places);
+                const __m256d turned = _mm256_xor_pd(both[h], _mm256_and_pd(_mm256_castsi256_pd(set), minus));
+                double *bucket = now + g + 4 * (size_t)h;
+                _mm256_storeu_pd(bucket, _mm256_add_pd(_mm256_loadu_pd(bucket), turned));
+                sum = _mm256_add_pd(sum, both[h]), abs = _mm256_add_pd(abs, _mm256_andnot_pd(minus, both[h]));
+                squares = _mm256_fmadd_pd(both[h], both[h], squares);
+            }
+        }
+    if (!_mm256_testz_si256(wild, wild)) return 0;
+    memcpy(sums, now, sizeof now);
+    s->sum = dp__sum256(sum), s->abs_sum = dp__sum256(abs), s->squares = dp__sum256(squares);
+    _mm256_storeu_ps(lane, min), s->min = (double)lane[0];
+    for (g = 1; g < 8; g++) s->min = (double)lane[g] < s->min ? (double)lane[g] : s->min;
+    _mm256_storeu_ps(lane, max), s->max = (double)lane[0];
+    for (g = 1; g < 8; g++) s->max = (double)lane[g] > s->max ? (double)lane[g] : s->max;
+    s->nz = nz, s->finite = (int64_t)n;
+    return 1;
+}
+
+static DP__AVX2 int dp__chunk256(const unsigned char *x, int dtype, size_t n, const uint64_t *signs, double *sums, dp__sums *s) {
+    if (dtype == DP_FLOAT32) return dp__rounds256(x, DP_FLOAT32, n, signs, sums, s);
+    if (dtype == DP_FLOAT16) return dp__rounds256(x, DP_FLOAT16, n, signs, sums, s);
+    return dp__rounds256(x, DP_BFLOAT16, n, signs, sums, s);
+}
+
+/* Compute a chunk in vectors, if this machine, this dtype and this chunk allow it; else return 0, with nothing done. */
+static int dp__in_vectors(const unsigned char *data, int dtype, size_t n, dp__sketcher *s, dp__sums *part) {
+    size_t at = (size_t)(s->next % DP__BLOCK);
+    int done = 0;
+    if (dtype != DP_FLOAT32 && dtype != DP_FLOAT16 && dtype != DP_BFLOAT16) return 0;
+    if (s->size != 64 || n % 64 || at % 64 || !n) return 0;
+    if (at == 0) s->signs = dp__signs(s->next / DP__BLOCK, s->own);
+    __builtin_cpu_init();
+    if (DP__HAS_AVX512) done = dp__chunk512(data, dtype, n, s->signs + at / 64, s->sums, part);
+    else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        done = dp__chunk256(data, dtype, n, s->signs + at / 64, s->sums, part);
+    if (done) {
+        s->next += n;
+        if ((s->filled += n) == s->block) dp__end_block(s);
+    }
+    return done;
+}
+#else
+static int dp__in_vectors(const unsigned char *data, int dtype, size_t n, dp__sketcher *s, dp__sums *part) {
+    (void)data, (void)dtype, (void)n, (void)s, (void)part;
+    return 0;
+}
+#endif
+
 /* Pass over a tensor once: hash, moments and sketch of a chunk while it is in cache. */
 static void dp__measure(const dp_tensor *t, size_t size, dp_fingerprint *f, double *sketch, dp__room *room) {
     dp__cursor c = dp__cursor_of(t);
     dp__sketcher s;
-    dp__sums all = {0, 0, 0, 0};
-    int64_t finite = 0;
+    dp__sums all = {0, 0, 0, 0, 0, 0, 0};
     size_t b, element = dp__dtypes[t->dtype].size;
-    s.sums = room->sums, s.totals = sketch, s.size = size, s.block = DP__BLOCK / size * size;
-    s.filled = s.bucket = 0, s.next = 0;
+    double top;
+    memset(&s, 0, sizeof s);
+    s.sums = room->sums, s.totals = sketch, s.size = size, s.block = DP__BLOCK / size * size, s.own = room->signs;
     memset(f, 0, sizeof *f);
     for (b = 0; b < size; b++) sketch[b] = room->sums[b] = 0.0;
     XXH3_64bits_reset(room->state);
     while (c.left) {
-        size_t n = c.left < DP__CHUNK ? c.left : DP__CHUNK;
-        const unsigned char *data = dp__take(&c, n, room->bytes), *bytes = dp__canonical(&c, data, n, room->spare);
-        dp__sums part;
-        XXH3_64bits_update(room->state, bytes, n * element);
+        size_t n = c.left < DP__CHUNK ? c.left : DP__CHUNK, whole = n / 64 * 64;
+        const unsigned char *data = dp__take(&c, n, room->bytes);
+        dp__sums part = {0, 0, 0, 0, 0, 0, 0};
+        XXH3_64bits_update(room->state, dp__canonical(&c, data, n, room->spare), n * element);
+        if (dp__in_vectors(data, t->dtype, whole, &s, &part)) {
+            dp__pool(&all, &part);
+            data += whole * element, n -= whole;
+        }
+        if (!n) continue;
         dp__to_double(data, t->dtype, n, room->values);
-        part = dp__moments(room->values, n, f, &finite);
-        all.abs_sum += part.abs_sum, all.sum += part.sum, all.squares += part.squares;
-        if (part.top > all.top) all.top = part.top;
+        part = dp__moments(room->values, n, f);
+        dp__pool(&all, &part);
         dp__sketch(&s, room->values, n);
     }
     if (s.filled) dp__end_block(&s);
     f->hash = XXH3_64bits_digest(room->state);
+    f->nz_count = all.nz, f->min = all.min, f->max = all.max;
     f->abs_sum = dp__saturate(all.abs_sum);
-    f->mean = finite ? all.sum / (double)finite : 0.0;
+    f->mean = all.finite ? all.sum / (double)all.finite : 0.0;
     f->l2 = sqrt(all.squares);
+    top = fabs(all.min) > fabs(all.max) ? fabs(all.min) : fabs(all.max);
     b = !(fabs(f->mean) <= DBL_MAX);
-    if (all.top > 0 && (b || all.top <= 1e-100 || all.top >= 1e100))
-        dp__scaled_moments(t, all.top, finite, room->values, room->bytes, f, (int)b);
+    if (top > 0 && (b || top <= 1e-100 || top >= 1e100))
+        dp__scaled_moments(t, top, all.finite, room->values, room->bytes, f, (int)b);
 }
 
 /* The hash of row r of the first axis. */

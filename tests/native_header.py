@@ -85,18 +85,22 @@ def compiler(name: str = "cc") -> str:
     return found
 
 
-@lru_cache(maxsize=1)
-def _built(folder: str) -> c.CDLL:
-    out = Path(folder) / "probe.so"
+BUILDS = ("", "-DDRIFTPROBE_NO_AVX512", "-DDRIFTPROBE_SCALAR")
+"""The header as this machine would run it, as one without AVX-512 would, and without any vectors."""
+
+
+@lru_cache(maxsize=len(BUILDS))
+def _built(folder: str, flag: str) -> c.CDLL:
+    out = Path(folder) / f"probe{BUILDS.index(flag)}.so"
     command = [compiler(), "-std=c99", "-O2", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-shared", "-fPIC",
-               f"-I{INCLUDE}", str(ROOT / "tests/native/probe.c"), "-o", str(out), "-lm", "-pthread"]  # fmt: skip
+               *([flag] if flag else []), f"-I{INCLUDE}", str(ROOT / "tests/native/probe.c"), "-o", str(out), "-lm", "-pthread"]  # fmt: skip
     subprocess.run(command, check=True)
     return c.CDLL(str(out))
 
 
-def library(folder: Path) -> c.CDLL:
+def library(folder: Path, flag: str = "") -> c.CDLL:
     """Return the header as a library, its layouts checked against those above."""
-    made = _built(str(folder))
+    made = _built(str(folder), flag)
     made.dp_default_header.restype = Header
     made.dp_make_key.restype = Key
     made.dp_make_key.argtypes = [c.c_char_p, c.c_char_p, c.c_int64, c.c_int64, c.c_char_p]

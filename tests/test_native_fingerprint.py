@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from driftprobe.engines import include_folder
 from driftprobe.fingerprint import DTYPES, Array, Fingerprint, fingerprint
-from native_header import BAD_ARGUMENT, INCLUDE, Print, Tensor, fingerprint_in_c, library, tensor
+from native_header import BAD_ARGUMENT, BUILDS, INCLUDE, Print, Tensor, fingerprint_in_c, library, tensor
 
 
-@pytest.fixture(scope="session")
-def header(tmp_path_factory):
-    return library(tmp_path_factory.getbasetemp())
+@pytest.fixture(scope="session", params=BUILDS)
+def header(request, tmp_path_factory):
+    return library(tmp_path_factory.getbasetemp(), request.param)
 
 
 def assert_same(theirs: Fingerprint, ours: Fingerprint) -> None:
