@@ -93,7 +93,8 @@ BUILDS = ("", "-DDRIFTPROBE_NO_AVX512", "-DDRIFTPROBE_SCALAR")
 def _built(folder: str, flag: str) -> c.CDLL:
     out = Path(folder) / f"probe{BUILDS.index(flag)}.so"
     command = [compiler(), "-std=c99", "-O2", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-shared", "-fPIC",
-               *([flag] if flag else []), f"-I{INCLUDE}", str(ROOT / "tests/native/probe.c"), "-o", str(out), "-lm", "-pthread"]  # fmt: skip
+               *([flag] if flag else []), f"-I{INCLUDE}", str(ROOT / "tests/native/probe.c"), "-o", str(out),
+               "-lm", "-pthread"]  # fmt: skip
     subprocess.run(command, check=True)
     return c.CDLL(str(out))
 

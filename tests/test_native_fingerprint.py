@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from driftprobe.engines import include_folder
-from driftprobe.fingerprint import DTYPES, Array, Fingerprint, fingerprint
+from driftprobe.fingerprint import DTYPES, Array, Fingerprint
+from driftprobe.fingerprint import reference_fingerprint as fingerprint
 from native_header import BAD_ARGUMENT, BUILDS, INCLUDE, Print, Tensor, fingerprint_in_c, library, tensor
 
 
