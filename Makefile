@@ -1,5 +1,6 @@
 # make demo   set up into .venv, run both modes on the built-in model, print the verdict and where the report lies
 # make test   set up and run all tests        make check   format, lint, types        make clean   remove .venv
+# make engines   build llama.cpp into .venv too (some minutes, once); its tests then run
 # make accuracy   measure error rates on planted faults and benign variations; goes on where it was stopped
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test check clean setup calibrate accuracy
+.PHONY: demo test check clean setup engines calibrate accuracy
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml Makefile
@@ -25,6 +26,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
+
+engines: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[llamacpp]"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check src tests tools benchmarks

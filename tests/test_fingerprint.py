@@ -17,12 +17,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from driftprobe.fingerprint import (
+    BUILT,
     DTYPES,
     SKETCH_BLOCK,
     SKETCH_SIZE,
     canonical_bytes,
     fingerprint,
+    hash_bytes,
     l2_norm,
+    reference_fingerprint,
     row_hashes,
     sketch,
     sketch_signs,
@@ -249,3 +252,20 @@ def test_the_c_of_the_format_page_gives_the_same_sketch(tmp_path):
             [tmp_path / "sketch", str(size)], input=values.tobytes(), capture_output=True, check=True
         )
         assert found.stdout == np.array(sketch(values, size)).tobytes(), (count, size)
+
+
+@pytest.mark.skipif(not BUILT, reason="driftprobe._core is not built here: it needs a C compiler and xxhash.h")
+@given(arrays)
+def test_the_core_gives_what_numpy_gives(array):
+    for some in (array, np.asfortranarray(array)[::-1], array.astype(array.dtype.newbyteorder(">"))):
+        ours, theirs = reference_fingerprint(some), fingerprint(some)
+        assert (theirs.hash, theirs.sketch, theirs.shape) == (ours.hash, ours.sketch, ours.shape)
+        assert theirs.l2 == pytest.approx(ours.l2, rel=1e-12)
+        assert row_hashes(some) == tuple(hash_bytes(canonical_bytes(row)) for row in some)
+
+
+def test_a_sketch_of_no_size_or_too_many_sums_is_refused():
+    for size in (0, SKETCH_BLOCK + 1):
+        for made in (fingerprint, reference_fingerprint):
+            with pytest.raises(ValueError):
+                made(np.ones(3, np.float32), size)

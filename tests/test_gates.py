@@ -13,12 +13,12 @@ import pytest
 
 from driftprobe.compare import NoPayloads
 from driftprobe.judgement import TraceJudgement, Verdict
-from driftprobe.trace import Event, Record, Trace
+from driftprobe.trace import FAILED, Event, Record, Trace
 from driftprobe.verdict import judge_trace
 from make_trace import Change, Site, bare, both, drifting, scaled, toy, unchanged, without
 
-ORDER = ["complete", "compared", "paired", "same token", "aligned", "deterministic", "fired", "read back", "finite",
-         "plausible"]  # fmt: skip
+ORDER = ["complete", "ran", "compared", "paired", "same token", "aligned", "deterministic", "fired", "read back",
+         "finite", "plausible"]  # fmt: skip
 
 
 def judged(change: Change = unchanged, **more: object) -> TraceJudgement:
@@ -60,6 +60,12 @@ def test_a_healthy_trace_passes_every_gate_in_order(mode):
 def test_an_incomplete_trace():
     trace, _ = toy()
     shut(judge_trace(replace(trace, damage="no footer"), NoPayloads()), "complete", "no footer")
+
+
+def test_an_arm_that_failed():
+    trace, _ = toy()
+    failed = Event(event=f"{FAILED}exit code 1; its last lines: boom", arm="E7")
+    shut(judge_trace(replace(trace, events=(*trace.events, failed)), NoPayloads()), "ran", "arm E7", "boom")
 
 
 def test_nothing_compared():

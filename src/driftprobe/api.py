@@ -29,6 +29,7 @@ from driftprobe.plan import Plan, Prompt, at_rung
 from driftprobe.prompts import LENGTHS, Source, boundary_prompts, builtin_prompt, make_prompts
 from driftprobe.prune import prune_payloads
 from driftprobe.report import render_all
+from driftprobe.side_by_side import side_of, write_comparison
 from driftprobe.trace import Trace, read_header
 from driftprobe.verdict import judge
 
@@ -184,6 +185,20 @@ def analyze(folder: str | Path, *, mode: str | None = None) -> Result:
     return Result(diagnose(judge(traces, payloads), traces, payloads), traces, where)
 
 
+def compare(left: str | Path, right: str | Path, root: Path, *, date: str = "") -> tuple[Result, list[str]]:
+    """Compare two runs, prefill with prefill and decode with decode, and write traces and reports into `root`.
+
+    `left` and `right` are folders as `analyze` takes them. Returns the verdict, and a line for each prompt that could
+    not be compared. Raises UsageError where nothing could, TraceError for a trace that breaks the format.
+    """
+    sides = [side_of(Path(folder), load_traces(Path(folder)), traces_folder(Path(folder))) for folder in (left, right)]
+    with staged(root) as stage:
+        left_out = write_comparison(sides[0], sides[1], stage, date, root.as_posix())
+        result = analyze(stage.root)
+        write_reports(stage.root, result.reports())
+    return replace(result, folder=root / "traces"), left_out
+
+
 def run(
     engine: Engine, prompts: Sequence[Prompt], options: RunOptions, root: Path, progress: Progress | None = None
 ) -> Result:
@@ -307,6 +322,7 @@ def _capture(
     settings = CaptureOptions(run=options.output or plan.prompt.name, date=options.date, payload=options.payload,
                               labels=labels)  # fmt: skip
     path = capture(plan, engine, tokens, stage.traces, settings, told)
+    lines += engine.said()
     lines.append(f"{time.perf_counter() - started:8.3f} s  wrote {path.name}")
     stage.logs.mkdir(parents=True, exist_ok=True)
     (stage.logs / f"{trace_name(plan)}.log").write_text("\n".join(lines) + "\n", encoding="utf-8")

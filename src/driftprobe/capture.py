@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from driftprobe.constants import constant_record, tensor_name
-from driftprobe.engines.base import Engine, Tapped
+from driftprobe.engines.base import Engine, Recorded, Tapped
 from driftprobe.fingerprint import Array, Fingerprint, fingerprint, row_hashes, to_float64
 from driftprobe.payload import payload_file, write_payloads
 from driftprobe.plan import Plan, sequence, tokens_needed
@@ -63,10 +63,14 @@ def capture(
     path = folder / f"{trace_name(plan)}.jsonl"
     with TraceWriter(path, header) as writer:
         kept: dict[str, dict[str, Array]] = {}
+        engine.begin(plan)
         for arm in plan.arms:
             for item in engine.run(arm, tokens, layers):
                 if isinstance(item, Event):
                     writer.event(item)
+                elif isinstance(item, Recorded):
+                    if _wanted(item.record, header):
+                        writer.record(_adopted(item, plan, tokens, header, kept))
                 elif _wanted(item, header):
                     writer.record(_record(item, plan, tokens, header, kept))
             progress(f"{arm.name} {'+'.join(str(c.stop - c.start) for c in arm.passes)} tokens")
@@ -83,7 +87,7 @@ def capture(
     return path
 
 
-def _wanted(item: Tapped, header: Header) -> bool:
+def _wanted(item: Tapped | Record, header: Header) -> bool:
     where = header.taps.get(item.tensor)
     return where is not None and (item.layer is None or item.layer in where)
 
@@ -120,12 +124,7 @@ def _record(
     item: Tapped, plan: Plan, tokens: tuple[int, ...], header: Header, kept: dict[str, dict[str, Array]]
 ) -> Record:
     read, print_ = item.read, fingerprint(item.array, header.sketch_size)
-    reference = None
-    if header.payload != "none" and _keeps_payload(read.arm):
-        name = f"{read.phase_name}.{read.step}.{'model' if item.layer is None else item.layer}.{item.tensor}"
-        kept.setdefault(read.arm, {})[name] = item.array
-        reference = f"{payload_file(trace_name(plan), read.arm)}#{name}"
-    return Record(
+    record = Record(
         prompt=plan.prompt.name,
         phase=read.phase_name,
         layer=item.layer,
@@ -140,8 +139,31 @@ def _record(
         row_start=item.row_start,
         source=item.source,
         top=top_of(item.array) if item.tensor == "logits" else None,
-        payload=reference,
     )
+    return _with_payload(record, item.array, plan, header, kept)
+
+
+def _adopted(
+    item: Recorded, plan: Plan, tokens: tuple[int, ...], header: Header, kept: dict[str, dict[str, Array]]
+) -> Record:
+    """Return a record of the engine's own under this trace's names; its token is told where it left that out."""
+    record, at = item.record, item.record.logical_tok_idx
+    token = tokens[at] if record.token_id is None and at is not None else record.token_id
+    record = replace(record, prompt=plan.prompt.name, token_id=token, payload=None)
+    if record.sketch is not None and len(record.sketch) != header.sketch_size:
+        record = replace(record, sketch=None)
+    return _with_payload(record, item.array, plan, header, kept)
+
+
+def _with_payload(
+    record: Record, array: Array | None, plan: Plan, header: Header, kept: dict[str, dict[str, Array]]
+) -> Record:
+    """Return a record that names its payload, and keep that, where its arm's tensors are kept whole."""
+    if array is None or header.payload == "none" or not _keeps_payload(record.arm):
+        return record
+    name = f"{record.phase}.{record.step}.{'model' if record.layer is None else record.layer}.{record.tensor}"
+    kept.setdefault(record.arm, {})[name] = array
+    return replace(record, payload=f"{payload_file(trace_name(plan), record.arm)}#{name}")
 
 
 def _keeps_payload(arm: str) -> bool:

@@ -1,7 +1,8 @@
 """Array -> Fingerprint: hash, moments and a linear sketch of one tensor. The one door to float64.
 
-Specified in docs/trace-format.md, section "Fingerprint"; a C implementation must give the same hash and the same
-sketch, bit for bit.
+Specified in docs/trace-format.md, section "Fingerprint". The compiled core (`_core.c`, which is include/driftprobe.h)
+does the work in one pass where it was built; the NumPy code here is what it is tested against, and stands in for it.
+Both give the same hash and the same sketch, bit for bit.
 """
 
 from __future__ import annotations
@@ -13,6 +14,11 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import xxhash
+
+try:
+    from driftprobe import _core as core
+except ImportError:
+    core = None  # type: ignore[assignment]
 
 SKETCH_SIZE = 64
 SKETCH_BLOCK = 1 << 16
@@ -36,6 +42,11 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
     "bool": np.dtype(np.bool_),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CODES = {name: code for code, name in enumerate(DTYPES)}
+"""The core's number of each dtype: `dp_dtype` of driftprobe.h has the same order."""
+_MAX_DIMS = 8
+BUILT = core is not None
+"""Whether the compiled core does the work here."""
 
 UNIT_ROUNDOFF: dict[str, float] = {
     "float64": 2.0**-53,
@@ -105,11 +116,58 @@ def canonical_bytes(array: Array) -> bytes:
 
 def row_hashes(array: Array) -> tuple[str, ...]:
     """Return the hash of each slice along the first axis (one a position for a K/V cache tap)."""
+    if core is not None and array.ndim:
+        where, _alive = _for_core(array)
+        return tuple(f"0x{value:016x}" for value in core.row_hashes(*where))
     return tuple(hash_bytes(canonical_bytes(row)) for row in array)
 
 
 def fingerprint(array: Array, sketch_size: int = SKETCH_SIZE) -> Fingerprint:
-    """Return the fingerprint of an array of any dtype in `DTYPES`, of any shape, empty ones included."""
+    """Return the fingerprint of an array of any dtype in `DTYPES`, of any shape and strides, empty ones included.
+
+    Raises KeyError where the format has no such dtype, ValueError for a `sketch_size` outside 1 to 65536.
+    """
+    if core is None:
+        return reference_fingerprint(array, sketch_size)
+    where, _alive = _for_core(array)
+    value, nz, nan, inf, abs_sum, low, high, mean, l2, sums = core.fingerprint(*where, sketch_size)
+    return Fingerprint(
+        dtype=dtype_name(array),
+        shape=tuple(int(n) for n in array.shape),
+        hash=f"0x{value:016x}",
+        nz_count=nz,
+        abs_sum=abs_sum,
+        min=low,
+        max=high,
+        mean=mean,
+        l2=l2,
+        nan_count=nan,
+        inf_count=inf,
+        sketch=sums,
+    )
+
+
+_Where = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+
+def _for_core(array: Array) -> tuple[_Where, Array]:
+    """Return an array as the core takes it (address, dtype, shape, strides in elements), and what keeps it alive.
+
+    An array in another byte order, with odd strides or of many axes is copied first.
+    """
+    size = array.dtype.itemsize
+    if not array.dtype.isnative or any(stride % size for stride in array.strides):
+        array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("=")))
+    if array.ndim > _MAX_DIMS:
+        array = np.ascontiguousarray(array).reshape(array.shape[0], -1)
+    strides = tuple(stride // size for stride in array.strides)
+    return (array.ctypes.data, _CODES[dtype_name(array)], array.shape, strides), array
+
+
+def reference_fingerprint(array: Array, sketch_size: int = SKETCH_SIZE) -> Fingerprint:
+    """Return the same by NumPy alone."""
+    if not 1 <= sketch_size <= SKETCH_BLOCK:
+        raise ValueError(f"a sketch of {sketch_size} sums")
     values = to_float64(array).reshape(-1)
     finite_mask = np.isfinite(values)
     finite = values[finite_mask]

@@ -11,7 +11,7 @@ from driftprobe.fingerprint import UNIT_ROUNDOFF
 from driftprobe.floor import UNKNOWN_DTYPE, Controls, Floors, innocent
 from driftprobe.judgement import SAME_TOKEN, Cell, Determinism, Gate, Status
 from driftprobe.taps import BY_NAME, CACHE_TAPS, STATE_TAPS, execution_order, place
-from driftprobe.trace import OTHER_TOKEN, Event, Record, Trace
+from driftprobe.trace import FAILED, OTHER_TOKEN, Event, Record, Trace
 
 SHOWN = 3
 """How many culprits a gate names before it counts the rest."""
@@ -50,6 +50,7 @@ def pass_gates(evidence: Evidence) -> tuple[Gate, ...]:
     """Return every gate's outcome, in the order in which they count."""
     return (
         _complete(evidence.trace),
+        _ran(evidence.trace),
         _compared(evidence.decode),
         _paired(evidence.unpaired),
         _same_token(evidence),
@@ -76,6 +77,11 @@ def _again(controls: Controls) -> list[Pair]:
 def _complete(trace: Trace) -> Gate:
     whole = "a trace without header or footer: whether it is whole is not known" if trace.foreign else "its footer fits"
     return Gate("complete", not trace.damage, trace.damage or whole)
+
+
+def _ran(trace: Trace) -> Gate:
+    failed = [f"arm {e.arm}: {e.event.removeprefix(FAILED)}" for e in trace.events if e.event.startswith(FAILED)]
+    return Gate("ran", not failed, _listed(failed) or "no arm says that it failed")
 
 
 def _compared(decode: Pairing) -> Gate:

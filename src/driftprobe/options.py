@@ -94,6 +94,7 @@ def plan_for(engine: Engine, mode: Mode, prompt: Prompt, options: RunOptions) ->
         seed=options.seed,
         max_positions=engine.facts.max_positions,
         layers=options.layers,
+        arms=engine.arms,
         noise=engine.perturbs,
         knobs=engine.knobs,
         routed="expert_ids" in engine.taps,

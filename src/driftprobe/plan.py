@@ -19,6 +19,8 @@ EXTENSIONS: tuple[int, ...] = (1, 7, 31)
 
 CHUNK = 16
 """Tokens of a chunk of control P@chunks: a prefill fed in several calls on one cache."""
+ARMS: tuple[str, ...] = ("P", "D", "P'", "D'", "E", "A")
+"""Arms that an engine may know; the first two every engine must. E stands for all extensions."""
 KNOBS = ("threads", "chunks")
 """What an engine may let us turn without changing what it computes; each makes controls of its own, `P@chunks`…"""
 NOISE_ARMS = 2
@@ -121,32 +123,46 @@ def make_plan(
     seed: int,
     max_positions: int,
     layers: tuple[int, ...] | None = None,
+    arms: Sequence[str] = ARMS,
     noise: bool = True,
     knobs: Sequence[str] = (),
     routed: bool = False,
 ) -> Plan:
     """Return the plan of one prompt in one mode.
 
+    `arms` are those of ARMS that the engine knows; without A there is no `kv_aligned`.
+
     `noise` adds arms N for an engine that can perturb itself, `knobs` the controls for what it lets us turn.
 
     `routed` adds arm T for a model that chooses experts: decode with prefill's choice; arms N then have it too.
 
-    Raises UsageError where the prompt is empty, or it and its `steps` tokens do not fit in `max_positions`.
+    Raises UsageError where the mode needs an arm that the engine lacks, the prompt is empty, or it and its `steps`
+    tokens do not fit in `max_positions`.
     """
     n = len(prompt.token_ids)
     check_prompt(prompt, steps, max_positions)
+    _check_arms(mode, arms)
     prefills = [_prefill("P", n, step, keep=True) for step in range(steps)]
     again = [_prefill("P'", n, step, keep=False) for step in range(steps)]
-    arms = [*prefills, _decode("D", n, steps), *again, _decode("D'", n, steps)]
-    arms += [_extension(m, n, steps) for m in EXTENSIONS if n + steps + m <= max_positions]
+    made = [*prefills, _decode("D", n, steps), *again, _decode("D'", n, steps)]
+    made += [_extension(m, n, steps) for m in EXTENSIONS if n + steps + m <= max_positions]
+    made = [arm for arm in made if arm.name.rstrip("0123456789") in arms]
     perturbed = range(1, NOISE_ARMS + 1) if noise else ()
-    arms += [_noise(which, n, step, seed, routed) for which in perturbed for step in range(steps)]
-    arms += _turned(n, steps, knobs)
+    made += [_noise(which, n, step, seed, routed) for which in perturbed for step in range(steps)]
+    made += _turned(n, steps, knobs)
     if routed:
-        arms += [_routed_decode("T", n, step) for step in range(steps)]
+        made += [_routed_decode("T", n, step) for step in range(steps)]
     if mode is Mode.KV_ALIGNED:
-        arms.append(_decode("A", n, steps, aligned=True))
-    return Plan(mode, prompt, steps, seed, tuple(arms), layers)
+        made.append(_decode("A", n, steps, aligned=True))
+    return Plan(mode, prompt, steps, seed, tuple(made), layers)
+
+
+def _check_arms(mode: Mode, arms: Sequence[str]) -> None:
+    if mode is Mode.KV_ALIGNED and "A" not in arms:
+        raise UsageError(
+            "this engine cannot align its cache", where="--mode", measured=f"{mode.value}; it knows {', '.join(arms)}",
+            allowed=Mode.AS_DESIGNED.value, next_step="run with --mode as_designed, or give the engine an arm A",
+        )  # fmt: skip
 
 
 def at_rung(plan: Plan, rung: str) -> Plan:

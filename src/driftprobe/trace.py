@@ -146,6 +146,8 @@ class Record:
         return (self.arm, self.phase, self.step, self.layer, self.tensor, self.logical_tok_idx)
 
 
+FAILED = "failed: "
+"""How the event of an arm begins that could not be run; the rest says why."""
 COST = "cost"
 """Event: what a rung of the precision ladder took, in `milliseconds`."""
 

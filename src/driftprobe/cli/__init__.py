@@ -15,6 +15,7 @@ COMMANDS = {
     "run": "run a model both ways and say what the difference is",
     "self-test": "plant a fault of each family in your model and show that the probe fires",
     "analyze": "judge the traces of a folder",
+    "compare": "compare two engines, or two builds of one, on the same tokens",
     "report": "rebuild every report of a run from its traces",
     "validate": "say what is wrong with a trace, line by line",
     "faults": "list the faults that can be planted, and what must be found",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from driftprobe.engines import ENGINES
+from driftprobe.engines import ENGINES, include_folder
 
 
 @click.command(epilog="\b\nExample:\n  driftprobe run --engine hf")
@@ -13,3 +13,4 @@ def command() -> None:
     for name, entry in ENGINES.items():
         state = f"not installed ({', '.join(entry.missing)}): {entry.install}" if entry.missing else "ready"
         click.echo(f"{name:<10}{entry.about}\n{'':<10}{state}")
+    click.echo(f"the trace writer for C and C++: -I{include_folder()}")

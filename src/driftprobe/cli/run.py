@@ -15,21 +15,25 @@ from driftprobe.api import Progress as ToldStep
 from driftprobe.api import Step, builtin_prompts, find_boundaries, run
 from driftprobe.artifacts import check_place, place_of, stage_of
 from driftprobe.boundaries import LONGEST, Boundaries
+from driftprobe.cli.engine_options import engine_options, opened
+from driftprobe.cli.on_a_node import PROGRESS, node_options, run_on_node
 from driftprobe.cli.show import show
-from driftprobe.engines import open_engine
 from driftprobe.engines.base import Engine
 from driftprobe.errors import UsageError
 from driftprobe.faults import find_fault
 from driftprobe.options import RunOptions, parse_mode
 from driftprobe.plan import Prompt
 from driftprobe.prompts import LENGTHS, boundary_prompts, make_prompt, make_prompts, read_prompt_file
+from driftprobe.remote import Node
 
+PROGRESSES = ("auto", "lines", "none")
 _EPILOG = """\b
 Examples:
   driftprobe run
   driftprobe run --model ./my-llama --dtype bfloat16 --attn eager --steps 8
   driftprobe run --mode kv_aligned --prompt "The quick brown fox"
   driftprobe run --fault cache_shift --name shifted
+  driftprobe run --host gpu01 --model /models/my-llama
 
 \b
 Reports go to OUT/DATE/NAME. Exit codes: 0 NO_DRIFT or STRUCTURAL_DRIFT, 1 MISMATCH, 2 bad input, 3 N/A.
@@ -37,16 +41,13 @@ Reports go to OUT/DATE/NAME. Exit codes: 0 NO_DRIFT or STRUCTURAL_DRIFT, 1 MISMA
 
 
 @click.command(epilog=_EPILOG)
-@click.option("--engine", default="hf", show_default=True, help="Engine (see `driftprobe engines`).")
-@click.option("--model", default="builtin:tiny", show_default=True, help="builtin:tiny or a local model folder.")
+@engine_options
 @click.option("--mode", default="both", show_default=True, help="as_designed, kv_aligned or both.")
 @click.option("--prompts", default=None, help=f"Built-in prompts, comma-separated: {','.join(LENGTHS)}. Default: all.")
 @click.option("--prompt", "texts", multiple=True, help="A prompt of your own; may be given several times.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="JSON or TOML: names to text or token ids.")
 @click.option("--boundaries", is_flag=True, help="Add prompts at the lengths where the model switches, at -1, 0, +1.")
 @click.option("--longest", type=int, default=LONGEST, show_default=True, help="Longest boundary in tokens.")
-@click.option("--dtype", default="float32", show_default=True, help="float64, float32, bfloat16 or float16.")
-@click.option("--attn", default=None, help="eager or sdpa. Default: the model's own.")
 @click.option("--layers", default="all", show_default=True, help="Layers to record: all, or e.g. 0,1,2,4,8.")
 @click.option("--steps", type=int, default=1, show_default=True, help="Decode steps to compare.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the rounding noise of arms N.")
@@ -60,6 +61,8 @@ Reports go to OUT/DATE/NAME. Exit codes: 0 NO_DRIFT or STRUCTURAL_DRIFT, 1 MISMA
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("artifacts"), show_default=True, help="Where runs go."
 )
+@node_options
+@click.option("--progress", default="auto", show_default=True, help="auto (a bar on a terminal), lines or none.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def command(
     engine: str,
@@ -70,8 +73,9 @@ def command(
     prompt_file: Path | None,
     boundaries: bool,
     longest: int,
-    dtype: str,
+    dtype: str | None,
     attn: str | None,
+    config: str | None,
     layers: str,
     steps: int,
     seed: int,
@@ -83,6 +87,11 @@ def command(
     date: str | None,
     name: str,
     out: Path,
+    host: str | None,
+    remote_command: str,
+    remote_folder: str,
+    dry_run: bool,
+    progress: str,
     quiet: bool,
 ) -> None:
     """Run a model's prefill and decode on the same tokens and say whether they differ by arithmetic or by a bug."""
@@ -96,21 +105,29 @@ def command(
     )  # fmt: skip
     if fault is not None:
         find_fault(fault)
+    if host is not None:
+        node = Node(host, remote_command, remote_folder)
+        with _told("none" if quiet else progress, f"connecting to {host}") as told:
+            code = run_on_node(click.get_current_context(), node, root, prompt_file, dry_run, told)
+        click.get_current_context().exit(code)
+    if dry_run:
+        raise UsageError("nothing to run dry", where="--dry-run", measured="no --host", allowed="only with --host",
+                         next_step="add --host, or leave --dry-run out")  # fmt: skip
     check_place(root)
     console = Console(highlight=False)
     if self_test:
         from driftprobe.cli.self_test import run_and_show
 
-        loaded = open_engine(engine, model=model, dtype=dtype, attn=attn)
+        loaded = opened(engine, model, dtype=dtype, attn=attn, config=config)
         click.get_current_context().exit(run_and_show(loaded, root, ladder, quiet))
-    with _told(quiet) as progress, _kept_on_interrupt(root):
-        loaded = open_engine(engine, model=model, dtype=dtype, attn=attn)
+    with _told("none" if quiet else progress) as told, _kept_on_interrupt(root):
+        loaded = opened(engine, model, dtype=dtype, attn=attn, config=config)
         chosen = _prompts(loaded, prompts, texts, prompt_file)
         if boundaries:
             found = find_boundaries(loaded, steps, longest)
             _show_boundaries(found, console)
             chosen += boundary_prompts(found, loaded)
-        result = run(loaded, chosen, options, root, progress)
+        result = run(loaded, chosen, options, root, told)
     facts = loaded.facts
     console.print(f"{facts.model}  {facts.dtype}  {facts.attention}  {facts.version}", style="dim", soft_wrap=True)
     if fault is not None:
@@ -137,7 +154,7 @@ def _check_alone() -> None:
     ]
     if given:
         raise UsageError("an option that the self-test does not have", where="--self-test", measured=", ".join(given),
-                         allowed="--engine, --model, --dtype, --attn, --ladder, --date, --name, --out, --quiet",
+                         allowed="--engine and its options, --model, --ladder, --date, --name, --out, --quiet",
                          next_step=f"leave out {', '.join(given)}, or --self-test")  # fmt: skip
 
 
@@ -188,15 +205,21 @@ def _kept_on_interrupt(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _told(quiet: bool) -> Iterator[ToldStep | None]:
-    """Show a progress bar on a terminal's error stream; nothing elsewhere."""
+def _told(how: str, at_first: str = "loading the model") -> Iterator[ToldStep | None]:
+    """Show progress on the error stream: a bar where that is a terminal, or a line for each step."""
+    if how not in PROGRESSES:
+        raise UsageError("unknown kind of progress", where="--progress", measured=how, allowed=", ".join(PROGRESSES),
+                         next_step="choose one of them")  # fmt: skip
+    if how == "lines":
+        yield lambda step: click.echo(f"{PROGRESS}{step.done}/{step.of} {step.what}", err=True)
+        return
     console = Console(stderr=True)
-    if quiet or not console.is_terminal:
+    if how == "none" or not console.is_terminal:
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("loading the model", total=None)
+        task = bar.add_task(at_first, total=None)
 
         def told(step: Step) -> None:
             bar.update(task, description=step.what, completed=step.done, total=step.of)

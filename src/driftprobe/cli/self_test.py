@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from driftprobe.artifacts import check_place, place_of
-from driftprobe.engines import open_engine
+from driftprobe.cli.engine_options import engine_options, opened
 from driftprobe.engines.base import Engine
 from driftprobe.selftest import SelfTest, Trial, run_self_test
 from driftprobe.selftest.render import limit_in_words, outcome_in_words, strength_in_words
@@ -31,10 +31,7 @@ clean and the probe fires for every family of faults that can act in the model, 
 
 
 @click.command(epilog=_EPILOG)
-@click.option("--engine", default="hf", show_default=True, help="Engine (see `driftprobe engines`).")
-@click.option("--model", default="builtin:tiny", show_default=True, help="builtin:tiny or a local model folder.")
-@click.option("--dtype", default="float32", show_default=True, help="float64, float32, bfloat16 or float16.")
-@click.option("--attn", default=None, help="eager or sdpa. Default: the model's own.")
+@engine_options
 @click.option("--ladder", default="auto", show_default=True, help="Run everything again in float64: auto, on, off.")
 @click.option("--date", default=None, help="Folder of the run under OUT. Default: today.")
 @click.option("--name", default="self_test", show_default=True, help="Name of the run.")
@@ -43,13 +40,13 @@ clean and the probe fires for every family of faults that can act in the model, 
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def command(
-    engine: str, model: str, dtype: str, attn: str | None, ladder: str, date: str | None, name: str, out: Path,
-    quiet: bool,
+    engine: str, model: str, dtype: str | None, attn: str | None, config: str | None, ladder: str, date: str | None,
+    name: str, out: Path, quiet: bool,
 ) -> None:  # fmt: skip
     """Plant one fault of each family in the model, show that the probe fires, and print what it could have seen."""
     root = place_of(out, date or calendar.today().isoformat(), name)
     check_place(root)
-    code = run_and_show(open_engine(engine, model=model, dtype=dtype, attn=attn), root, ladder, quiet)
+    code = run_and_show(opened(engine, model, dtype=dtype, attn=attn, config=config), root, ladder, quiet)
     click.get_current_context().exit(code)
 
 

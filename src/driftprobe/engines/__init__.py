@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from driftprobe.engines.base import Engine
@@ -19,6 +20,8 @@ class Entry:
     needs: tuple[str, ...]
     install: str
     about: str
+    options: tuple[str, ...] = ()
+    """What it may be told beside its model."""
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -32,8 +35,23 @@ ENGINES: dict[str, Entry] = {
         ("torch", "transformers"),
         "pip install 'driftprobe[hf]'",
         "Hugging Face transformers: a local model folder, builtin:tiny, or a model object",
+        ("dtype", "attn"),
+    ),
+    "command": Entry(
+        "driftprobe.engines.command",
+        (),
+        "nothing to install",
+        "any program that writes a trace: --config FILE says how it is run (docs/engines.md)",
+        ("config",),
     ),
 }
+
+
+def include_folder() -> Path:
+    """Return the folder of driftprobe.h, for a C or C++ compiler's -I: the package's own, or the checkout's."""
+    package = Path(__file__).resolve().parents[1]
+    folders = (package / "include", package.parents[1] / "include")
+    return next((folder for folder in folders if (folder / "driftprobe.h").is_file()), folders[0])
 
 
 def open_engine(name: str, **options: Any) -> Engine:
@@ -48,6 +66,13 @@ def open_engine(name: str, **options: Any) -> Engine:
         raise UsageError(
             "engine not installed", where=f"--engine {name}", measured=f"missing: {', '.join(entry.missing)}",
             allowed="its libraries installed", next_step=entry.install,
+        )  # fmt: skip
+    foreign = sorted(set(options) - {"model", *entry.options})
+    if foreign:
+        raise UsageError(
+            "an option that this engine does not have", where=f"--engine {name}", measured=f"--{foreign[0]}",
+            allowed=", ".join(f"--{option}" for option in ("model", *entry.options)),
+            next_step=f"leave --{foreign[0]} out, or choose another engine",
         )  # fmt: skip
     engine: Engine = import_module(entry.module).open_engine(**options)
     return engine

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from driftprobe.faults import Expected
 from driftprobe.fingerprint import Array
-from driftprobe.plan import Arm, Read
-from driftprobe.trace import EngineFacts, Event
+from driftprobe.plan import Arm, Plan, Read
+from driftprobe.trace import EngineFacts, Event, Record
+
+BUILTIN = {"builtin:tiny": Path(__file__).resolve().parents[1] / "models" / "tiny"}
+"""Model names that need no folder of the user's: each is a folder of the package."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,14 @@ class Tapped:
 
 
 @dataclass(frozen=True, slots=True)
+class Recorded:
+    """One record that the engine has fingerprinted itself, and its tensor where it kept that whole."""
+
+    record: Record
+    array: Array | None
+
+
+@dataclass(frozen=True, slots=True)
 class Constant:
     """A number or tensor that the model computes with and does not change: a weight, an epsilon, a scale."""
 
@@ -44,6 +56,8 @@ class Engine(Protocol):
 
     knobs: tuple[str, ...]
     """Which of `plan.KNOBS` can be turned without changing what the engine computes."""
+    arms: tuple[str, ...]
+    """Which of `plan.ARMS` it can run."""
     perturbs: bool
     """Whether the engine can run arms N: its own ops with a rounding error added to each result."""
 
@@ -79,7 +93,15 @@ class Engine(Protocol):
         """Return the engine's own next `steps` tokens, each the arg-max of the logits."""
         ...
 
-    def run(self, arm: Arm, token_ids: Sequence[int], layers: frozenset[int]) -> Iterator[Tapped | Event]:
+    def begin(self, plan: Plan) -> None:
+        """Take note of the plan whose arms are run next."""
+        ...
+
+    def said(self) -> list[str]:
+        """Return lines for the run's log, those since it was last asked: what a program of the engine's printed."""
+        ...
+
+    def run(self, arm: Arm, token_ids: Sequence[int], layers: frozenset[int]) -> Iterator[Tapped | Recorded | Event]:
         """Run one arm on a fresh cache and hand out what its reads ask for, in order of execution."""
         ...
 

@@ -27,7 +27,7 @@ from driftprobe.engines.hf.trial import learn, taps_of, trial_length
 from driftprobe.engines.hf.weights import weights_of
 from driftprobe.errors import EngineError, ModelError, UsageError
 from driftprobe.faults import Expected, find_fault
-from driftprobe.plan import Arm, Pass, Phase, Read
+from driftprobe.plan import ARMS, Arm, Pass, Phase, Plan, Read
 from driftprobe.taps import BY_NAME, execution_order
 from driftprobe.trace import EngineFacts, Event
 
@@ -47,6 +47,7 @@ class HFEngine:
     """
 
     perturbs = True
+    arms = ARMS
 
     def __init__(
         self, model: Any, tokenizer: Any = None, *, label: str = "", casts: Mapping[str, str] | None = None
@@ -119,6 +120,13 @@ class HFEngine:
                 if step + 1 < steps:
                     output = self._forward(chosen[-1:], len(chosen) - 1, cache)
         return chosen[len(token_ids) :]
+
+    def begin(self, plan: Plan) -> None:
+        """See Engine.begin: every arm says all that is needed."""
+
+    def said(self) -> list[str]:
+        """See Engine.said: transformers prints nothing that a log needs."""
+        return []
 
     def run(self, arm: Arm, token_ids: Sequence[int], layers: frozenset[int]) -> Iterator[Tapped | Event]:
         """Run one arm on a fresh cache; see Engine.run."""

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from driftprobe.engines.base import BUILTIN
 from driftprobe.errors import ModelError, UsageError
 
-BUILTIN = {"builtin:tiny": Path(__file__).resolve().parents[2] / "models" / "tiny"}
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,

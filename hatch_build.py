@@ -1,0 +1,51 @@
+"""Builds driftprobe._core with the system's C compiler; without one, or without xxhash.h, NumPy does its work."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+ROOT = Path(__file__).parent
+
+
+class CoreHook(BuildHookInterface):  # type: ignore[misc]
+    """Compile the core into the package, and mark the wheel as one for this platform."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Called by hatchling before it packs; a core that cannot be built is told and left out."""
+        target = ROOT / "src" / "driftprobe" / "_core.abi3.so"
+        target.unlink(missing_ok=True)
+        if os.environ.get("DRIFTPROBE_NO_CORE"):
+            return
+        done = _compile(target)
+        if done:
+            self.app.display_warning(f"driftprobe._core is not built, fingerprints are computed by NumPy: {done}")
+            return
+        build_data["artifacts"].append("src/driftprobe/_core.abi3.so")
+        build_data["pure_python"] = False
+        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        build_data["tag"] = f"cp310-abi3-{platform}"
+
+
+def _compile(target: Path) -> str:
+    """Compile; returns why that failed, or an empty text."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None or os.name == "nt":
+        return "no C compiler `cc`"
+    flags = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-pthread"]
+    command = [compiler, "-std=c99", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", *flags,
+               f"-I{sysconfig.get_paths()['include']}", f"-I{ROOT / 'include'}",
+               str(ROOT / "src" / "driftprobe" / "_core.c"), "-o", str(target), "-lm"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return ""
+    if "xxhash.h" in done.stderr:
+        return "xxhash.h is missing (Debian: libxxhash-dev)"
+    return done.stderr.strip().splitlines()[0] if done.stderr.strip() else f"{compiler} failed"

@@ -1,0 +1,6 @@
+"""The compiled fingerprint; see _core.c."""
+
+def fingerprint(
+    address: int, dtype: int, shape: tuple[int, ...], strides: tuple[int, ...], size: int, /
+) -> tuple[int, int, int, int, float, float, float, float, float, tuple[float, ...]]: ...
+def row_hashes(address: int, dtype: int, shape: tuple[int, ...], strides: tuple[int, ...], /) -> tuple[int, ...]: ...

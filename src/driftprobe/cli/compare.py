@@ -1,0 +1,45 @@
+"""driftprobe compare: two engines, or two builds of one, on the same tokens."""
+
+from __future__ import annotations
+
+from datetime import date as calendar
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from driftprobe.api import compare
+from driftprobe.artifacts import place_of
+from driftprobe.cli.show import show
+
+_EPILOG = """\b
+Examples:
+  driftprobe compare artifacts/2026-02-07/hf artifacts/2026-02-07/mine
+  driftprobe compare old/traces new/traces --name old_and_new
+
+\b
+Reports go to OUT/DATE/NAME. Exit codes: 0 NO_DRIFT or STRUCTURAL_DRIFT, 1 MISMATCH, 2 bad input, 3 N/A.
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("traces_a", type=click.Path(path_type=Path))
+@click.argument("traces_b", type=click.Path(path_type=Path))
+@click.option("--date", default=None, help="Folder of the comparison under OUT. Default: today.")
+@click.option("--name", default="compare", show_default=True, help="Name of the comparison.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("artifacts"), show_default=True, help="Where it goes."
+)
+def command(traces_a: Path, traces_b: Path, date: str | None, name: str, out: Path) -> None:
+    """Compare the runs in TRACES_A and TRACES_B: prefill with prefill, decode with decode, token by token."""
+    day = date or calendar.today().isoformat()
+    root = place_of(out, day, name)
+    result, left_out = compare(traces_a, traces_b, root, date=day)
+    console = Console(highlight=False)
+    for line in left_out:
+        console.print(f"left out: {line}", style="yellow", soft_wrap=True)
+    labels = result.traces[0].header.labels
+    console.print(f"reference: {labels['reference']}   candidate: {labels['candidate']}", style="dim", soft_wrap=True)
+    code = show(result, console)
+    console.print(f"  {'report:':<17}{(root / 'B3_66_V2_FINAL_REPORT.md').as_posix()}", soft_wrap=True)
+    click.get_current_context().exit(code)

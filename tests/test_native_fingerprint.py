@@ -1,0 +1,126 @@
+"""include/driftprobe.h: the fingerprint is Python's, hash and sketch to the bit, moments to the last bits."""
+
+from __future__ import annotations
+
+import ctypes as c
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from driftprobe.engines import include_folder
+from driftprobe.fingerprint import DTYPES, Array, Fingerprint
+from driftprobe.fingerprint import reference_fingerprint as fingerprint
+from native_header import BAD_ARGUMENT, BUILDS, INCLUDE, Print, Tensor, fingerprint_in_c, library, tensor
+
+
+@pytest.fixture(scope="session", params=BUILDS)
+def header(request, tmp_path_factory):
+    return library(tmp_path_factory.getbasetemp(), request.param)
+
+
+def assert_same(theirs: Fingerprint, ours: Fingerprint) -> None:
+    assert [v.hex() for v in theirs.sketch] == [v.hex() for v in ours.sketch]
+    for name in ("hash", "nz_count", "nan_count", "inf_count", "min", "max"):
+        assert getattr(theirs, name) == getattr(ours, name), name
+    assert theirs.abs_sum == pytest.approx(ours.abs_sum, rel=1e-12)
+    assert theirs.l2 == pytest.approx(ours.l2, rel=1e-12)
+    finite = max(1, math.prod(ours.shape) - ours.nan_count - ours.inf_count)
+    assert abs(theirs.mean - ours.mean) <= 1e-12 * ours.abs_sum / finite
+
+
+def sample(dtype: str, n: int, seed: int = 0) -> Array:
+    """Return n elements of random bits (floats: with NaN, infinities and -0 among them)."""
+    rng, kind = np.random.default_rng(seed), DTYPES[dtype]
+    if dtype == "bool":
+        return rng.integers(0, 2, n).astype(np.bool_)
+    if dtype in ("float64", "float32") and n > 1000:
+        return rng.normal(size=n).astype(kind)  # random bits span so many decades that one element is the sum
+    return np.frombuffer(rng.bytes(n * kind.itemsize), dtype=kind)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 4096, 4097, 65536, 65537, 200_001])
+def test_every_dtype_and_length_has_pythons_fingerprint(header, dtype, n):
+    array = sample(dtype, n, seed=n)
+    assert_same(fingerprint_in_c(header, array), fingerprint(array))
+
+
+def test_ten_million_elements_have_pythons_fingerprint(header):
+    array = np.random.default_rng(5).normal(size=10_000_000).astype(np.float32)
+    assert_same(fingerprint_in_c(header, array), fingerprint(array))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8"])
+def test_every_value_of_a_small_dtype_is_read_as_it_is(header, dtype):
+    kind = DTYPES[dtype]
+    codes = np.arange(256**kind.itemsize, dtype=f"u{kind.itemsize}").view(kind)
+    assert_same(fingerprint_in_c(header, codes, 65536), fingerprint(codes, 65536))
+
+
+@pytest.mark.parametrize("size", [1, 2, 63, 64, 1000, 65535, 65536])
+def test_every_sketch_size_has_pythons_sums(header, size):
+    array = np.random.default_rng(size).normal(size=150_001)
+    assert fingerprint_in_c(header, array, size).sketch == fingerprint(array, size).sketch
+
+
+VIEWS = {
+    "transposed": lambda a: a.transpose(2, 0, 1),
+    "every other": lambda a: a[::2, :, 1::3],
+    "backwards": lambda a: a[::-1, ::-1],
+    "broadcast": lambda a: np.broadcast_to(a[:, :1], a.shape),
+    "one row": lambda a: a[3:4],
+    "no axis": lambda a: a[0, 0, 0],
+    "nothing": lambda a: a[:0],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool"])
+def test_strides_are_followed(header, view, dtype):
+    array = np.asarray(VIEWS[view](sample(dtype, 7 * 33 * 50).reshape(7, 33, 50)))
+    assert_same(fingerprint_in_c(header, array), fingerprint(array))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[math.nan, math.inf, -math.inf, -0.0, 0.0, 1.0], [math.nan] * 3, [1e308] * 9, [-1e308, 1e308] * 4,
+     [5e-324, 1e-310], [1e200, 1.0]],
+)  # fmt: skip
+def test_what_is_not_finite_or_overflows_is_counted_and_saturates(header, values):
+    array = np.array(values)
+    assert_same(fingerprint_in_c(header, array), fingerprint(array))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    dtype=st.sampled_from(sorted(DTYPES)),
+    n=st.integers(0, 900),
+    seed=st.integers(0, 2**32 - 1),
+    size=st.sampled_from([1, 7, 64]),
+)
+def test_any_bits_have_pythons_fingerprint(header, dtype, n, seed, size):
+    array = sample(dtype, n, seed)
+    assert_same(fingerprint_in_c(header, array, size), fingerprint(array, size))
+
+
+def test_the_header_is_found_where_the_command_says():
+    assert (include_folder() / "driftprobe.h").read_bytes() == (INCLUDE / "driftprobe.h").read_bytes()
+
+
+def test_a_tensor_that_cannot_be_is_refused(header):
+    array, print_, sums = np.ones(4, np.float32), Print(), np.zeros(70_000)
+
+    def asked(item: Tensor, size: int = 64) -> int:
+        return header.dp_fingerprint_of(c.byref(item), size, c.byref(print_), sums.ctypes.data)
+
+    wrong = [tensor(array) for _ in range(5)]
+    wrong[0].dtype = 12
+    wrong[1].ndim = 9
+    wrong[2].shape[0] = -1
+    wrong[3].data = None
+    wrong[4].ndim, wrong[4].shape[0], wrong[4].shape[1] = 2, 2**40, 2**40
+    assert [asked(item) for item in wrong] == [BAD_ARGUMENT] * 5
+    assert [asked(tensor(array), size) for size in (0, 65537)] == [BAD_ARGUMENT] * 2
