@@ -22,7 +22,7 @@ from driftprobe.engines.llamacpp.nodes import CacheTensors, Heard, node_of
 from driftprobe.errors import EngineError, ModelError, UsageError
 from driftprobe.fingerprint import Array
 
-Before = Callable[[Tensor], None]
+Before = Callable[[Tensor, "Call"], None]
 """Told of each node before it is computed: a planted fault changes what the node reads."""
 UBATCH = 512
 """Tokens of one graph: llama.cpp's own default; a longer call is cut."""
@@ -92,6 +92,21 @@ class Settings:
     threads: int
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call: so many tokens behind so many rows."""
+
+    start: int
+    count: int
+    changed: set[int]
+    """Addresses of what a planted fault has changed in this call."""
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it feeds one token to a filled cache."""
+        return self.start > 0 and self.count == 1
+
+
 class Context:
     """One context: a cache, and the graph that runs on it."""
 
@@ -102,6 +117,7 @@ class Context:
         self.error: BaseException | None = None
         self.heard: Heard | None = None
         self.before: list[Before] = []
+        self._call = Call(0, 0, set())
         self._checked = False
         self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._called)
         self.pointer = llama_cpp.llama_init_from_model(model.pointer, self._parameters())
@@ -137,11 +153,10 @@ class Context:
         self.places, self.flash = heard.cache, heard.flash
         self.clear()
 
-    def listener(self, rows: Sequence[int], layers: frozenset[int] | None = None) -> Heard:
-        """Return a listener for one call: to these of its tokens, in these layers."""
-        model = self.model
-        everything = frozenset(range(model.number("n_layer")))
-        return Heard(tuple(rows), model.number("n_head"), model.number("n_head_kv"), layers or everything)
+    def listener(self, rows: Sequence[int], layers: frozenset[int] = frozenset(), start: int = 0) -> Heard:
+        """Return a listener for one call at a position: to these of its tokens, in these layers."""
+        number = self.model.number
+        return Heard(tuple(rows), number("n_head"), number("n_head_kv"), layers, start, number("n_swa") > 0)
 
     def clear(self) -> None:
         """Empty the cache, its numbers too."""
@@ -167,7 +182,7 @@ class Context:
             for i, token in enumerate(token_ids):
                 batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, start + i, 1
                 batch.seq_id[i][0], batch.logits[i] = 0, i in outputs
-            self.heard, self.error = heard, None
+            self.heard, self.error, self._call = heard, None, Call(start, len(token_ids), set())
             code = llama_cpp.llama_decode(self.pointer, batch)
         finally:
             self.heard = None
@@ -199,7 +214,7 @@ class Context:
             tensor = Tensor(address)
             if ask:
                 for told in self.before:
-                    told(tensor)
+                    told(tensor, self._call)
             heard = self.heard
             node = None if heard is None or self.error is not None else node_of(tensor)
             if ask or node is None or heard is None:

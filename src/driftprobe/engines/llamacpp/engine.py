@@ -16,6 +16,7 @@ from driftprobe.engines.llamacpp.cache import Cache
 from driftprobe.engines.llamacpp.context import Context, Model, Settings
 from driftprobe.engines.llamacpp.ggml import TYPE_NUMBERS
 from driftprobe.engines.llamacpp.nodes import Heard, shape_is_sound
+from driftprobe.engines.llamacpp.planting import STRANGER, Planted, Strangers, plant
 from driftprobe.errors import ModelError, UsageError
 from driftprobe.faults import Expected
 from driftprobe.plan import ARMS, Arm, Pass, Plan, Read, tokens_needed
@@ -46,6 +47,8 @@ class LlamaCppEngine:
         self._model = Model(path)
         self._context = Context(self._model, settings, 1)
         self._kept: dict[int, Cache] = {}
+        self._planted = Planted()
+        self._context.before = self._planted.before
         self.taps = self._trial()
 
     @property
@@ -72,7 +75,7 @@ class LlamaCppEngine:
             layers=model.number("n_layer"),
             heads=model.number("n_head"),
             kv_heads=model.number("n_head_kv"),
-            vocabulary=int(llama_cpp.llama_vocab_n_tokens(model.vocab)),
+            vocabulary=self.vocabulary,
             max_positions=model.number("n_ctx_train"),
             switches=switches,
             device="cpu",
@@ -147,6 +150,10 @@ class LlamaCppEngine:
         context.clear()
         with self._threads(arm):
             for call in arm.passes:
+                if self._planted.write is not None and arm.passes.index(call) == 1 and call.stop - call.start == 1:
+                    rows = context.read()
+                    self._planted.write(rows, call.start)
+                    context.write(rows)
                 if call.aligned_to is not None:
                     yield self._align(arm, call)
                 heard = self._call(call, token_ids, layers)
@@ -168,8 +175,20 @@ class LlamaCppEngine:
                          next_step="run with --ladder off")  # fmt: skip
 
     def plant(self, fault: str, strength: float | None = None) -> AbstractContextManager[Expected]:
-        """Plant a fault; see planting."""
-        raise NotImplementedError
+        """Plant a fault while the context lasts and say what must be found; see planting."""
+        return plant(fault, strength, self._planted, self._strangers, self._model.number("n_layer"))
+
+    def _strangers(self) -> Strangers:
+        """Return the cache rows of two other requests, so that one of them differs from any prompt."""
+        count = min(STRANGER, self._model.number("n_ctx_train"))
+        self._make_room(count)
+        found = []
+        for last in (1, 2):
+            self._context.clear()
+            ids = [(self.vocabulary - last - 3 * i) % self.vocabulary for i in range(count)]
+            self._context.decode(ids, 0)
+            found.append(self._context.read(count))
+        return tuple(found)
 
     def close(self) -> None:
         """Free context and model."""
@@ -178,7 +197,7 @@ class LlamaCppEngine:
 
     def _call(self, call: Pass, token_ids: Sequence[int], layers: frozenset[int]) -> Heard:
         rows = [read.position - call.start for read in call.reads]
-        heard = self._context.listener(rows, layers)
+        heard = self._context.listener(rows, layers, call.start)
         self._context.decode(token_ids[call.start : call.stop], call.start, heard)
         return heard
 
@@ -200,10 +219,9 @@ class LlamaCppEngine:
 
     def _make_room(self, tokens: int) -> None:
         if tokens > self._context.slots:
-            before = self._context.before
             self._context.close()
             self._context = Context(self._model, self.settings, tokens)
-            self._context.before = before
+            self._context.before = self._planted.before
 
     @contextmanager
     def _threads(self, arm: Arm) -> Iterator[None]:
@@ -217,7 +235,7 @@ class LlamaCppEngine:
 
     def _trial(self) -> dict[str, tuple[int, ...]]:
         """Run a few tokens and one decode step, and return the taps that fired in both and fit their place."""
-        tokens = [min(1 + i, max(self.facts_vocabulary - 1, 0)) for i in range(4)]
+        tokens = [min(1 + i, max(self.vocabulary - 1, 0)) for i in range(4)]
         everything = frozenset(range(self._model.number("n_layer")))
         self._context.clear()
         heard = [
@@ -231,7 +249,7 @@ class LlamaCppEngine:
         return {tap: tuple(layers) for tap, layers in found.items()}
 
     @property
-    def facts_vocabulary(self) -> int:
+    def vocabulary(self) -> int:
         """How many tokens the model knows."""
         return int(llama_cpp.llama_vocab_n_tokens(self._model.vocab))
 

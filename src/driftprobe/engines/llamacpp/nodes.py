@@ -138,6 +138,10 @@ class Heard:
     heads: int
     kv_heads: int
     layers: frozenset[int]
+    start: int = 0
+    """Position of the call's first token."""
+    windowed: bool = False
+    """Whether old keys may go out of sight."""
     taps: dict[Place, dict[int, Array]] = field(default_factory=dict)
     """Tap -> which read -> its tensor."""
     row_start: dict[Place, dict[int, int]] = field(default_factory=dict)
@@ -223,7 +227,7 @@ class Heard:
         probs_HTS, mask_TS = tensor.array()[0], to_float64(mask.array()[0, 0])
         self._extent[layer] = {}
         for which, place in self._wanted:
-            low, high = self._extent[layer][which] = extent(mask_TS[place])
+            low, high = self._extent[layer][which] = self._extent_of(mask_TS[place], which)
             self._keep((layer, "attn_probs"), which, probs_HTS[None, :, place, low:high], low)
             if tensor.parameter(1) == 0.0:  # no slopes of ALiBi on the mask
                 scaled = raw_HTS[0, :, place, low:high] * np.float32(tensor.parameter(0))
@@ -239,6 +243,15 @@ class Heard:
         self.cache[layer] = CacheTensors(keys.owner, values.owner, transposed=True)
         if self._wanted and layer in self._extent:
             self._keep_cache(layer, keys.array()[0].swapaxes(0, 1), values.array()[0].transpose(2, 0, 1))
+
+    def _extent_of(self, mask_S: Array, which: int) -> tuple[int, int]:
+        """Return the first cache row that counts and the one behind the last: up to its own, or further if it sees more.
+
+        Slot k holds position k: one sequence, from an empty cache. Rows behind are padding.
+        """
+        seen = np.flatnonzero(~np.isneginf(to_float64(mask_S)))
+        low = int(seen[0]) if self.windowed and seen.size else 0
+        return low, max(int(seen[-1]) if seen.size else 0, self.start + self.rows[which]) + 1
 
     def _keep_cache(self, layer: int, keys_SGD: Array, values_SGD: Array) -> None:
         for which, (low, high) in self._extent[layer].items():
@@ -258,7 +271,9 @@ class Heard:
             return
         keys_SGD, values_SGD = (t.array()[0].swapaxes(0, 1) for t in (keys, values))
         mask_TS = to_float64(mask.array()[0, 0])
-        self._extent[layer] = {which: extent(mask_TS[place]) for which, place in self._wanted}
+        self._extent[layer] = {
+            which: self._extent_of(mask_TS[place], which) for which, place in self._wanted
+        }
         self._keep_cache(layer, keys_SGD, values_SGD)
         if tensor.parameter(1) != 0.0:  # ALiBi
             return
@@ -273,12 +288,6 @@ class Heard:
             for tap, found in (("attn_scores", scores), ("attn_probs", probs)):
                 self._keep((layer, tap), which, found[None].astype(np.float32), low)
                 self.recomputed.add((layer, tap))
-
-
-def extent(mask_S: Array) -> tuple[int, int]:
-    """Return the first cache row that a token sees and the one behind the last; rows beyond are padding."""
-    seen = np.flatnonzero(~np.isneginf(to_float64(mask_S)))
-    return (int(seen[0]), int(seen[-1]) + 1) if seen.size else (0, 0)
 
 
 def _scores(queries_HD: Array, keys_SGD: Array, hidden_S: Array, scale: float, softcap: float) -> Array:
