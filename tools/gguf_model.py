@@ -193,13 +193,18 @@ def _convert(exact: Path, out: Path, kind: str) -> None:
         raise SystemExit(f"error: llama.cpp cannot convert the model to {kind} (code {code})")
 
 
+_QUIET: list[object] = []
+"""The function that swallows llama.cpp's lines; it must live as long as they come."""
+
+
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Keep llama.cpp's own lines, one for each tensor, off the terminal."""
     import llama_cpp
 
-    quiet = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(quiet, None)
+    if not _QUIET:
+        _QUIET.append(llama_cpp.llama_log_callback(lambda *_: None))
+    llama_cpp.llama_log_set(_QUIET[0], None)
     out, err, null = os.dup(1), os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, 1)
@@ -210,7 +215,6 @@ def _silent() -> Iterator[None]:
         os.dup2(err, 2)
         for handle in (out, err, null):
             os.close(handle)
-        llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), None)
 
 
 def main() -> None:

@@ -110,9 +110,12 @@ class Call:
 class Context:
     """One context: a cache, and the graph that runs on it."""
 
-    def __init__(self, model: Model, settings: Settings, room: int) -> None:
-        """Make a context with a cache of at least `room` slots. Raises UsageError where llama.cpp refuses it."""
-        self.model, self.settings = model, settings
+    def __init__(self, model: Model, settings: Settings, room: int, *, listens: bool = True) -> None:
+        """Make a context with a cache of at least `room` slots. Raises UsageError where llama.cpp refuses it.
+
+        Without `listens` it has no callback: for measuring what that costs.
+        """
+        self.model, self.settings, self.listens = model, settings, listens
         self.slots = -(-room // _PAD) * _PAD
         self.error: BaseException | None = None
         self.heard: Heard | None = None
@@ -141,7 +144,8 @@ class Context:
         parameters.type_k = parameters.type_v = number
         parameters.flash_attn_type = {"on": 1, "off": 0, None: -1}[self.settings.flash_attn]
         parameters.n_threads = parameters.n_threads_batch = self.settings.threads
-        parameters.cb_eval = self._callback
+        if self.listens:
+            parameters.cb_eval = self._callback
         parameters.swa_full = True  # every position keeps its slot
         parameters.no_perf = True
         return parameters
