@@ -26,6 +26,7 @@ from driftprobe.engines.llamacpp import LlamaCppEngine, open_engine
 from driftprobe.engines.llamacpp.context import Context, Model, Settings
 from driftprobe.engines.llamacpp.planting import PLANTERS
 from driftprobe.errors import UsageError
+from driftprobe.faults import find_fault
 from driftprobe.fingerprint import Array
 from driftprobe.judgement import Cell, TraceJudgement
 from driftprobe.plan import Mode, Prompt
@@ -36,7 +37,7 @@ WEIGHTS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k")
 CACHES = ("f32", "f16", "q8_0", "q4_0")
 LENGTHS = (2, 37, 63, 64, 100, 600)
 THREADS = (1, 2)
-FAULT_LENGTH = 37
+FAULT_LENGTH = 16
 REPEATS = 7
 _MARKS = {"NO_DRIFT": "=", "STRUCTURAL_DRIFT": "s", "MISMATCH": "M", "N/A": "?"}
 
@@ -114,8 +115,11 @@ def _clean_row(setup: Setup, threads: int, lengths: tuple[int, ...], folder: Pat
     logits = [c.drift.at_least or 0.0 for row in rows for c in row.cells if c.tensor == "logits"]
     marks = " ".join(_MARKS[row.verdict.value] for row in rows)
     limits = result.detection_limit
-    where, excess, drift = ("", 0.0, 0.0) if cell is None else (
-        place(cell.layer, cell.tensor), cell.excess or 0.0, cell.drift.at_least or 0.0)
+    where, excess, drift = (
+        ("", 0.0, 0.0)
+        if cell is None
+        else (place(cell.layer, cell.tensor), cell.excess or 0.0, cell.drift.at_least or 0.0)
+    )
     print(f"{setup.cells} {threads} | {marks} | {excess:.2f} | {where} | {name.removeprefix('len_')} | {drift:.1e} | "
           f"{max(drifts):.1e} | {max(logits):.1e} | {limits.smallest:.1e} to {limits.largest:.1e} |"
           if limits else f"{setup.cells} {threads} | {marks} |", flush=True)  # fmt: skip
@@ -135,7 +139,8 @@ def faults(quick: bool, folder: Path) -> bool:
         for name in PLANTERS:
             found[name].append(_fault(engine, name, setup))
         engine.close()
-    print(f"{count} setups of weights, cache and flash attention; a prompt of {FAULT_LENGTH} tokens, one thread.\n")
+    print(f"{count} setups of weights, cache and flash attention, one thread; a prompt of {FAULT_LENGTH} tokens, or as "
+          "many as the fault needs.\n")  # fmt: skip
     print("| fault | found | at the expected tap | 2x2 reading as expected | cause and parameters named "
           "| smallest excess |")  # fmt: skip
     print("|" + "---|" * 6)
@@ -147,7 +152,7 @@ def faults(quick: bool, folder: Path) -> bool:
 
 
 def _fault(engine: LlamaCppEngine, name: str, setup: Setup) -> tuple[bool, bool, bool, bool, float]:
-    result = judge(engine, [prompt(FAULT_LENGTH)], "failing", name)
+    result = judge(engine, [prompt(max(FAULT_LENGTH, find_fault(name).min_prompt))], "failing", name)
     judged, expected = result.judgement.modes[Mode.KV_ALIGNED.value].prompts[0], result.expected
     first = judged.first_failure
     if first is None or expected is None:
@@ -162,8 +167,9 @@ def _fault(engine: LlamaCppEngine, name: str, setup: Setup) -> tuple[bool, bool,
     located = (first.layer, first.tensor) == (expected.layer, expected.tensor)
     read = judged.reading.value == expected.reading
     if not (located and read and named):
+        said = diagnosis and (diagnosis.cause, diagnosis.parameters)
         print(f"    {name} in {setup}: at {place(first.layer, first.tensor)}, reading {judged.reading.value}, cause "
-              f"{diagnosis and (diagnosis.cause, diagnosis.parameters)}, expected {expected}", file=sys.stderr)  # fmt: skip
+              f"{said}, expected {expected}", file=sys.stderr)  # fmt: skip
     return True, located, read, named, first.excess if math.isfinite(first.excess) else math.inf
 
 

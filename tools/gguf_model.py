@@ -170,7 +170,7 @@ def _laid_out(name: str, weight: npt.NDArray[np.float32], shape: Shape) -> npt.N
 def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
     """Add a tokenizer of bytes: id = byte value, and 256 begins and ends a text (never added by itself)."""
     vocabulary = json.loads((TINY / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    tokens = sorted(vocabulary, key=vocabulary.__getitem__) + ["<|endoftext|>"]
+    tokens = [*sorted(vocabulary, key=vocabulary.__getitem__), "<|endoftext|>"]
     kinds = [gguf.TokenType.NORMAL] * (len(tokens) - 1) + [gguf.TokenType.CONTROL]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")

@@ -8,6 +8,6 @@ import os
 # machine of two cores a run of two threads took ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from driftprobe.engines.llamacpp.engine import LlamaCppEngine, open_engine  # noqa: E402
+from driftprobe.engines.llamacpp.engine import LlamaCppEngine, open_engine
 
 __all__ = ["LlamaCppEngine", "open_engine"]

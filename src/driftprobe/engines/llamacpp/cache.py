@@ -53,7 +53,7 @@ def write(places: dict[int, CacheTensors], cache: Cache) -> None:
 
 
 def _rows(tensor: Tensor, transposed: bool) -> Rows:
-    held = np.frombuffer(tensor.bytes(), dtype=np.uint8)
+    held = np.frombuffer(tensor.content(), dtype=np.uint8)
     slots, channels = tensor.shape[-2], tensor.shape[-1]
     if not transposed:
         return held.reshape(slots, -1).copy()

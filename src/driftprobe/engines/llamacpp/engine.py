@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-import gguf
 import llama_cpp
 import numpy as np
 
 from driftprobe.engines.base import BUILTIN, Constant, Tapped
 from driftprobe.engines.llamacpp.cache import Cache
 from driftprobe.engines.llamacpp.context import Context, Model, Settings
+from driftprobe.engines.llamacpp.file import File
 from driftprobe.engines.llamacpp.ggml import TYPE_NUMBERS
 from driftprobe.engines.llamacpp.nodes import Heard, shape_is_sound
 from driftprobe.engines.llamacpp.planting import STRANGER, Planted, Strangers, plant
 from driftprobe.errors import ModelError, UsageError
 from driftprobe.faults import Expected
-from driftprobe.plan import ARMS, Arm, Pass, Plan, Read, tokens_needed
+from driftprobe.plan import ARMS, Arm, Pass, Phase, Plan, Read, tokens_needed
 from driftprobe.taps import BY_NAME, execution_order
 from driftprobe.trace import EngineFacts, Event
 
@@ -27,7 +28,14 @@ FLASH_ATTN = ("on", "off")
 FLASH_TILE = 64
 """Query rows from which llama.cpp's flash attention on a CPU is another kernel."""
 _WEIGHT_CASTS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_CACHE_CASTS = {"f16": "float16", "q8_0": "int8", "q4_0": "int4"}
+_CACHE_CASTS = {"f16": "float16", "q8_0": "int8", "q4_0": "int8"}
+"""Type of a cache -> the dtype whose roundoff covers it.
+
+Both phases read the same rounded rows, so what is between them is not the rounding itself but single elements that fall
+one step to the other side. For q4_0 that was at most a third of the limit at int8 (600 short prompts of three steps,
+over six models); at int4 the limit would be 230 % of a cache, and no wrong row would be found. For q8_0 float16 is too
+fine: a softmax over large scores has passed its limit.
+"""
 _COARSENESS = ("float32", "float16", "bfloat16", "int8")
 _DEFAULT_THREADS = 4
 
@@ -43,7 +51,7 @@ class LlamaCppEngine:
     def __init__(self, path: Path, settings: Settings) -> None:
         """Load a model and run a few tokens. Raises ModelError or UsageError where that cannot be."""
         self.path, self.settings = path, settings
-        self._weights = _matrix_types(path)
+        self._file = File(path)
         self._model = Model(path)
         self._context = Context(self._model, settings, 1)
         self._kept: dict[int, Cache] = {}
@@ -71,7 +79,7 @@ class LlamaCppEngine:
             dtype="float32",
             casts=self._casts,
             attention=f"{'flash' if flash else 'matmul'}, cache {self.settings.cache_type}, weights "
-            f"{'+'.join(self._weights)}, {self.settings.threads} threads",
+            f"{'+'.join(self._file.matrix_types)}, {self.settings.threads} threads",
             layers=model.number("n_layer"),
             heads=model.number("n_head"),
             kv_heads=model.number("n_head_kv"),
@@ -88,7 +96,7 @@ class LlamaCppEngine:
         llama.cpp rounds the activations of a product to the type that the weights are multiplied in: float16 for
         float16, blocks of int8 for everything quantised, whatever the weights' bits.
         """
-        product = max((_WEIGHT_CASTS.get(kind, "int8") for kind in self._weights), key=_COARSENESS.index)
+        product = max((_WEIGHT_CASTS.get(kind, "int8") for kind in self._file.matrix_types), key=_COARSENESS.index)
         cache = _CACHE_CASTS.get(self.settings.cache_type)
         casts = {} if product == "float32" else {"q_proj": product}
         casts |= {} if cache is None else {"k_cache": cache, "v_cache": cache}
@@ -117,8 +125,6 @@ class LlamaCppEngine:
         return b"".join(map(self._piece, token_ids)).decode("utf-8", "replace")
 
     def _piece(self, token: int) -> bytes:
-        import ctypes
-
         held = ctypes.create_string_buffer(256)
         count = llama_cpp.llama_token_to_piece(self._model.vocab, token, held, len(held), 0, True)
         return held.raw[: max(count, 0)]
@@ -162,12 +168,12 @@ class LlamaCppEngine:
                 yield from _hand_out(heard, call.reads)
 
     def constants(self, layers: frozenset[int]) -> Iterator[Constant]:
-        """See Engine.constants."""
-        yield from ()
+        """Return what the file says of rotation, norms and the scale of scores; see Engine.constants."""
+        yield from self._file.constants(layers)
 
     def weights(self, layer: int | None, tensor: str) -> Iterator[Constant]:
-        """See Engine.weights."""
-        yield from ()
+        """Return the matrices behind a tap, out of their quantised type; see Engine.weights."""
+        yield from self._file.weights(layer, tensor)
 
     def at(self, rung: str) -> AbstractContextManager[None]:
         """Refuse: llama.cpp computes in float32 at the most."""
@@ -238,10 +244,7 @@ class LlamaCppEngine:
         tokens = [min(1 + i, max(self.vocabulary - 1, 0)) for i in range(4)]
         everything = frozenset(range(self._model.number("n_layer")))
         self._context.clear()
-        heard = [
-            self._call(call, tokens, everything)
-            for call in (_call_of(0, 3, 2), _call_of(3, 4, 3))
-        ]
+        heard = [self._call(call, tokens, everything) for call in (_call_of(0, 3, 2), _call_of(3, 4, 3))]
         found: dict[str, list[int]] = {}
         for layer, tap in sorted(set(heard[0].taps) & set(heard[1].taps), key=lambda p: execution_order(*p)):
             if tap in BY_NAME and shape_is_sound(tap, [h.taps[(layer, tap)][0] for h in heard]):
@@ -255,8 +258,6 @@ class LlamaCppEngine:
 
 
 def _call_of(start: int, stop: int, position: int) -> Pass:
-    from driftprobe.plan import Phase
-
     return Pass(start, stop, (Read("P", Phase.PREFILL_LAST, 0, position),))
 
 
@@ -276,24 +277,14 @@ def _hand_out(heard: Heard, reads: Sequence[Read]) -> Iterator[Tapped]:
                 )
 
 
-def _matrix_types(path: Path) -> tuple[str, ...]:
-    """Return the types of a file's matrices, the most frequent first. Raises ModelError for what is no GGUF file."""
-    try:
-        tensors = gguf.GGUFReader(path).tensors
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ModelError(
-            "not a GGUF file", where=str(path), measured=f"{type(error).__name__}: {error}"[:300],
-            allowed="a whole GGUF file", next_step="copy it again; tools/gguf_model.py writes a small one",
-        ) from error  # fmt: skip
-    kinds = [t.tensor_type.name for t in tensors if len([n for n in t.shape if n > 1]) > 1]
-    return tuple(sorted(set(kinds), key=kinds.count, reverse=True))
-
-
 def open_engine(
     *, model: str, flash_attn: str | None = None, cache_type: str = "f16", threads: int | None = None
 ) -> LlamaCppEngine:
     """Return the engine of a GGUF file. Raises UsageError or ModelError for what cannot be used."""
-    for option, value, allowed in (("--flash-attn", flash_attn, FLASH_ATTN), ("--cache-type", cache_type, TYPE_NUMBERS)):
+    for option, value, allowed in (
+        ("--flash-attn", flash_attn, FLASH_ATTN),
+        ("--cache-type", cache_type, TYPE_NUMBERS),
+    ):
         if value is not None and value not in allowed:
             raise UsageError(f"unknown {option[2:].replace('-', ' ')}", where=option, measured=value,
                              allowed=", ".join(allowed), next_step="choose one of them")  # fmt: skip

@@ -144,7 +144,7 @@ class Tensor:
         """Return one of the op's parameters, read as a float."""
         return float(np.int32(self._struct.op_params[index]).view(np.float32))
 
-    def bytes(self) -> bytearray:
+    def content(self) -> bytearray:
         """Return a copy of the bytes from its first element to its last, those in between that it skips included."""
         count = int(library().nbytes(self.address))
         held = bytearray(count)
@@ -163,7 +163,7 @@ class Tensor:
         Raises EngineError for a quantised tensor whose elements do not stand block by block.
         """
         dtype = _TYPES.get(self._struct.type)
-        held = self.bytes()
+        held = self.content()
         if dtype is not None:
             flat = np.frombuffer(held, dtype=np.uint8)
             made = np.ndarray(self.shape, dtype, buffer=flat, strides=self.strides)

@@ -230,7 +230,7 @@ class Heard:
             low, high = self._extent[layer][which] = self._extent_of(mask_TS[place], which)
             self._keep((layer, "attn_probs"), which, probs_HTS[None, :, place, low:high], low)
             if tensor.parameter(1) == 0.0:  # no slopes of ALiBi on the mask
-                scaled = raw_HTS[0, :, place, low:high] * np.float32(tensor.parameter(0))
+                scaled = np.float32(tensor.parameter(0)) * raw_HTS[0, :, place, low:high].astype(np.float32)
                 scores_HS = np.where(np.isneginf(mask_TS[place, low:high]), np.float32(-np.inf), scaled)
                 self._keep((layer, "attn_scores"), which, scores_HS[None].astype(np.float32), low)
                 self.recomputed.add((layer, "attn_scores"))
@@ -245,7 +245,7 @@ class Heard:
             self._keep_cache(layer, keys.array()[0].swapaxes(0, 1), values.array()[0].transpose(2, 0, 1))
 
     def _extent_of(self, mask_S: Array, which: int) -> tuple[int, int]:
-        """Return the first cache row that counts and the one behind the last: up to its own, or further if it sees more.
+        """Return the first cache row that counts, and the one behind the last: its own, or further if it sees more.
 
         Slot k holds position k: one sequence, from an empty cache. Rows behind are padding.
         """
@@ -271,9 +271,7 @@ class Heard:
             return
         keys_SGD, values_SGD = (t.array()[0].swapaxes(0, 1) for t in (keys, values))
         mask_TS = to_float64(mask.array()[0, 0])
-        self._extent[layer] = {
-            which: self._extent_of(mask_TS[place], which) for which, place in self._wanted
-        }
+        self._extent[layer] = {which: self._extent_of(mask_TS[place], which) for which, place in self._wanted}
         self._keep_cache(layer, keys_SGD, values_SGD)
         if tensor.parameter(1) != 0.0:  # ALiBi
             return
