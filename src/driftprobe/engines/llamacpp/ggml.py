@@ -184,7 +184,7 @@ class Tensor:
         row = shape[-1] // block * size
         rows = np.ndarray((*shape[:-1], row), np.uint8, buffer=held, strides=(*strides[:-1], 1))
         flat = gguf.quants.dequantize(np.ascontiguousarray(rows).reshape(-1, row), kind)
-        return np.asarray(flat, dtype=np.float32).reshape(shape)
+        return np.asarray(flat, dtype=np.float32).reshape(shape) + np.float32(0)  # an empty block gives -0.0, and is 0
 
 
 def check_layout(tensor: Tensor) -> None:
