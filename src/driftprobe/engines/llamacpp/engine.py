@@ -32,9 +32,9 @@ _CACHE_CASTS = {"f16": "float16", "q8_0": "int8", "q4_0": "int8"}
 """Type of a cache -> the dtype whose roundoff covers it.
 
 Both phases read the same rounded rows, so what is between them is not the rounding itself but single elements that fall
-one step to the other side. For q4_0 that was at most a third of the limit at int8 (600 short prompts of three steps,
-over six models); at int4 the limit would be 230 % of a cache, and no wrong row would be found. For q8_0 float16 is too
-fine: a softmax over large scores has passed its limit.
+one step to the other side (`python -m benchmarks.llamacpp_table flips` prints what margin is left). At int4 the limit
+for a q4_0 cache would be 230 % of it, and no wrong row would be found. For q8_0 float16 is too fine: a softmax over
+large scores drifted by 4.0e-2 in a healthy run, where the limit was 3.1e-2.
 """
 _COARSENESS = ("float32", "float16", "bfloat16", "int8")
 _DEFAULT_THREADS = 4
