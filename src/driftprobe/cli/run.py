@@ -76,6 +76,9 @@ def command(
     dtype: str | None,
     attn: str | None,
     config: str | None,
+    flash_attn: str | None,
+    cache_type: str | None,
+    threads: int | None,
     layers: str,
     steps: int,
     seed: int,
@@ -99,6 +102,8 @@ def command(
         _check_alone()
     day = date or calendar.today().isoformat()
     root = place_of(out, day, name)
+    chosen_engine = {"dtype": dtype, "attn": attn, "config": config, "flash_attn": flash_attn, "cache_type": cache_type,
+                     "threads": threads}  # fmt: skip
     options = RunOptions(
         modes=parse_mode(mode), steps=steps, seed=seed, layers=_layers(layers), payload=payload, fault=fault,
         strength=strength, ladder=ladder, date=day, output=root.as_posix(),
@@ -118,10 +123,10 @@ def command(
     if self_test:
         from driftprobe.cli.self_test import run_and_show
 
-        loaded = opened(engine, model, dtype=dtype, attn=attn, config=config)
+        loaded = opened(engine, model, **chosen_engine)
         click.get_current_context().exit(run_and_show(loaded, root, ladder, quiet))
     with _told("none" if quiet else progress) as told, _kept_on_interrupt(root):
-        loaded = opened(engine, model, dtype=dtype, attn=attn, config=config)
+        loaded = opened(engine, model, **chosen_engine)
         chosen = _prompts(loaded, prompts, texts, prompt_file)
         if boundaries:
             found = find_boundaries(loaded, steps, longest)

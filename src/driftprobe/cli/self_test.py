@@ -40,13 +40,15 @@ clean and the probe fires for every family of faults that can act in the model, 
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def command(
-    engine: str, model: str, dtype: str | None, attn: str | None, config: str | None, ladder: str, date: str | None,
-    name: str, out: Path, quiet: bool,
+    engine: str, model: str, dtype: str | None, attn: str | None, config: str | None, flash_attn: str | None,
+    cache_type: str | None, threads: int | None, ladder: str, date: str | None, name: str, out: Path, quiet: bool,
 ) -> None:  # fmt: skip
     """Plant one fault of each family in the model, show that the probe fires, and print what it could have seen."""
     root = place_of(out, date or calendar.today().isoformat(), name)
     check_place(root)
-    code = run_and_show(opened(engine, model, dtype=dtype, attn=attn, config=config), root, ladder, quiet)
+    loaded = opened(engine, model, dtype=dtype, attn=attn, config=config, flash_attn=flash_attn, cache_type=cache_type,
+                    threads=threads)  # fmt: skip
+    code = run_and_show(loaded, root, ladder, quiet)
     click.get_current_context().exit(code)
 
 

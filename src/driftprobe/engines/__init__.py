@@ -37,6 +37,13 @@ ENGINES: dict[str, Entry] = {
         "Hugging Face transformers: a local model folder, builtin:tiny, or a model object",
         ("dtype", "attn"),
     ),
+    "llamacpp": Entry(
+        "driftprobe.engines.llamacpp",
+        ("llama_cpp", "gguf"),
+        "pip install 'driftprobe[llamacpp]'",
+        "llama.cpp through llama-cpp-python: a GGUF file, on the CPU",
+        ("flash_attn", "cache_type", "threads"),
+    ),
     "command": Entry(
         "driftprobe.engines.command",
         (),
