@@ -138,7 +138,8 @@ def test_the_same_weights_in_transformers_give_the_same_logits(engine):
     model, tokenizer = load("builtin:tiny", dtype="float32", attn="eager")
     other = HFEngine(model, tokenizer)
     here, there = by_place(tapped(engine, "P")), by_place(tapped(other, "P"))
-    for place in ((None, "embed"), (0, "v_cache"), (2, "attn_scores"), (3, "x_out"), (None, "logits")):
+    places = [(0, tap) for tap in ("q_proj", "k_proj", "q_rope", "k_rope", "k_cache", "v_cache")]
+    for place in ((None, "embed"), *places, (2, "attn_scores"), (3, "x_out"), (None, "logits")):
         np.testing.assert_allclose(here[place], there[place], rtol=1e-3, atol=1e-4, err_msg=str(place))
     text = "A décodeur\n\t{}"
     assert engine.tokenize(text) == other.tokenize(text)
@@ -205,6 +206,9 @@ def test_a_planted_fault_is_found_with_its_cause(engine, tmp_path, name):
     assert first is not None and expected is not None, result.reason
     assert (first.layer, first.tensor) == (expected.layer, expected.tensor)
     assert result.judgement.modes["kv_aligned"].prompts[0].reading.value == expected.reading
+    if name == "kv_exchanged":  # keys are recorded in another order of dimensions than they stand in the cache
+        assert expected.cause == ""
+        return
     assert first.diagnosis is not None
     assert first.diagnosis.cause == expected.cause
     assert agree(expected.cause, expected.parameters, first.diagnosis.parameters)

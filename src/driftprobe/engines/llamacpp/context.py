@@ -75,6 +75,11 @@ class Model:
         """Return one of the model's numbers: `n_layer` for `llama_model_n_layer`."""
         return int(getattr(llama_cpp, f"llama_model_{name}")(self.pointer))
 
+    @property
+    def neighbours(self) -> bool:
+        """Whether it rotates neighbouring dimensions of a head; else dimension i goes with one half a head away."""
+        return int(llama_cpp.llama_model_rope_type(self.pointer)) == int(llama_cpp.LLAMA_ROPE_TYPE_NORM)
+
     def close(self) -> None:
         """Free the model; nothing may run on it."""
         if self.pointer:

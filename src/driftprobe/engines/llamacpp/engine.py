@@ -6,6 +6,7 @@ import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import llama_cpp
@@ -18,8 +19,10 @@ from driftprobe.engines.llamacpp.file import File
 from driftprobe.engines.llamacpp.ggml import TYPE_NUMBERS
 from driftprobe.engines.llamacpp.nodes import Heard, shape_is_sound
 from driftprobe.engines.llamacpp.planting import STRANGER, Planted, Strangers, plant
+from driftprobe.engines.llamacpp.rotary import order_of, put_back, rows_put_back
 from driftprobe.errors import ModelError, UsageError
 from driftprobe.faults import Expected
+from driftprobe.fingerprint import Array
 from driftprobe.plan import ARMS, Arm, Pass, Phase, Plan, Read, tokens_needed
 from driftprobe.taps import BY_NAME, execution_order
 from driftprobe.trace import EngineFacts, Event
@@ -57,6 +60,7 @@ class LlamaCppEngine:
         self._kept: dict[int, Cache] = {}
         self._planted = Planted()
         self._context.before = self._planted.before
+        self._order = order_of(self._file.head_size, self._file.rotated, self._model.neighbours)
         self.taps = self._trial()
 
     @property
@@ -165,7 +169,7 @@ class LlamaCppEngine:
                 heard = self._call(call, token_ids, layers)
                 if arm.keeps_rows_for is not None:
                     self._kept[arm.keeps_rows_for] = context.read(call.stop)
-                yield from _hand_out(heard, call.reads)
+                yield from _hand_out(heard, call.reads, self._order)
 
     def constants(self, layers: frozenset[int]) -> Iterator[Constant]:
         """Return what the file says of rotation, norms and the scale of scores; see Engine.constants."""
@@ -173,7 +177,8 @@ class LlamaCppEngine:
 
     def weights(self, layer: int | None, tensor: str) -> Iterator[Constant]:
         """Return the matrices behind a tap, out of their quantised type; see Engine.weights."""
-        yield from self._file.weights(layer, tensor)
+        for constant in self._file.weights(layer, tensor):
+            yield replace(constant, array=rows_put_back(constant.name, constant.array, self._order))
 
     def at(self, rung: str) -> AbstractContextManager[None]:
         """Refuse: llama.cpp computes in float32 at the most."""
@@ -182,7 +187,8 @@ class LlamaCppEngine:
 
     def plant(self, fault: str, strength: float | None = None) -> AbstractContextManager[Expected]:
         """Plant a fault while the context lasts and say what must be found; see planting."""
-        return plant(fault, strength, self._planted, self._strangers, self._model.number("n_layer"))
+        return plant(fault, strength, self._planted, self._strangers, self._model.number("n_layer"),
+                     self._order is not None)  # fmt: skip
 
     def _strangers(self) -> Strangers:
         """Return the cache rows of two other requests, so that one of them differs from any prompt."""
@@ -261,7 +267,7 @@ def _call_of(start: int, stop: int, position: int) -> Pass:
     return Pass(start, stop, (Read("P", Phase.PREFILL_LAST, 0, position),))
 
 
-def _hand_out(heard: Heard, reads: Sequence[Read]) -> Iterator[Tapped]:
+def _hand_out(heard: Heard, reads: Sequence[Read], order: Array | None) -> Iterator[Tapped]:
     for which, read in enumerate(reads):
         for place in sorted(heard.taps, key=lambda p: execution_order(*p)):
             layer, tensor = place
@@ -270,7 +276,7 @@ def _hand_out(heard: Heard, reads: Sequence[Read]) -> Iterator[Tapped]:
                     read=read,
                     layer=layer,
                     tensor=tensor,
-                    array=heard.taps[place][which],
+                    array=put_back(tensor, heard.taps[place][which], order),
                     pos_id=read.position,
                     row_start=heard.row_start.get(place, {}).get(which, 0),
                     source="recomputed" if place in heard.recomputed else "captured",

@@ -75,15 +75,25 @@ class File:
             yield _plain(layer, f"{tap}.centred", 0.0)
             yield _plain(layer, f"{tap}.offset", 0.0)
 
-    def _attention(self, layer: int) -> Iterator[Constant]:
+    @property
+    def head_size(self) -> int:
+        """Dimensions of a head; 0 where the file does not say."""
         width, heads = self._number("embedding_length"), self._number("attention.head_count")
-        size = self._number("attention.key_length") or (width / heads if width and heads else None)
-        if size is None:
+        return int(self._number("attention.key_length") or (width / heads if width and heads else 0))
+
+    @property
+    def rotated(self) -> int:
+        """How many dimensions of a head are rotated."""
+        return int(self._number("rope.dimension_count") or self.head_size)
+
+    def _attention(self, layer: int) -> Iterator[Constant]:
+        size = self.head_size
+        if not size:
             return
         yield _plain(layer, "attn_scores.scale", size**-0.5)
         scaled = self._number("rope.scaling.factor") is not None or "rope_freqs.weight" in self._tensors
         if not scaled:
-            count = int(self._number("rope.dimension_count") or size)
+            count = self.rotated
             base = self._number("rope.freq_base") or 10000.0
             yield Constant(layer, "rope.inv_freq", base ** (-np.arange(0, count, 2, dtype=np.float64) / count))
 
