@@ -68,6 +68,18 @@ def test_a_wide_margin_is_a_mismatch_at_the_choice():
     assert (found.first_failure.layer, found.first_failure.tensor) == (1, "expert_ids")
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_experts_that_prefill_takes_against_its_own_logits_are_a_mismatch_at_the_choice(whole):
+    def chosen(site: Site, array: Array) -> Array:
+        wrong = site.tensor == "expert_ids" and site.layer == 1 and site.arm[0] not in "DA"
+        return np.array([[2, 3]]) if wrong else unflipped(site, array)
+
+    found, item = judged(router(FAR), chosen, BEHIND, whole=whole)
+    assert found.verdict is Verdict.MISMATCH and item.flips == (), found.reason
+    assert found.first_failure is not None
+    assert (found.first_failure.layer, found.first_failure.tensor) == (1, "expert_ids")
+
+
 def test_logits_beyond_their_floor_are_a_mismatch_and_no_tie():
     found, item = judged(router(CLOSE, drift=1e-3), BEHIND)
     assert found.verdict is Verdict.MISMATCH and item.flips == ()
@@ -131,11 +143,11 @@ def near_tie(seed: int) -> Any:
 
 
 @contextmanager
-def in_decode(module: Any, change: Callable[[Any], Any]) -> Any:
-    """Change a module's output in one-token calls."""
+def in_calls(module: Any, change: Callable[[Any], Any], *, of_one: bool) -> Any:
+    """Change a module's output in one-token calls, or in all others."""
 
     def hook(_module: object, args: tuple[Any, ...], output: Any) -> Any:
-        return change(output) if args[0].reshape(-1, args[0].shape[-1]).shape[0] == 1 else None
+        return change(output) if (args[0].reshape(-1, args[0].shape[-1]).shape[0] == 1) is of_one else None
 
     handle = module.register_forward_hook(hook)
     try:
@@ -164,7 +176,7 @@ def test_a_model_with_near_ties_is_healthy_and_a_bug_in_it_is_found():
         assert found.verdict is Verdict.STRUCTURAL_DRIFT, found.reason
         here = found.judgement.modes["as_designed"].prompts[0].flips
         flips += len(here)
-        with in_decode(model.model.layers[2].self_attn.o_proj, lambda output: output * 1.01):
+        with in_calls(model.model.layers[2].self_attn.o_proj, lambda output: output * 1.01, of_one=True):
             broken = driftprobe.probe(model, prompts, mode="as_designed", ladder="off")
         assert broken.verdict is Verdict.MISMATCH
         assert broken.first_failure is not None
@@ -172,7 +184,8 @@ def test_a_model_with_near_ties_is_healthy_and_a_bug_in_it_is_found():
     assert flips
 
 
-def test_a_router_that_chooses_wrongly_in_decode_is_a_mismatch():
+@pytest.mark.parametrize("of_one", [True, False], ids=["decode", "prefill"])
+def test_a_router_that_chooses_wrongly_on_one_side_is_a_mismatch(of_one):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     import driftprobe
@@ -185,7 +198,7 @@ def test_a_router_that_chooses_wrongly_in_decode_is_a_mismatch():
     def wrong(output: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple((4 - 1 - part) if not part.is_floating_point() else part for part in output)
 
-    with in_decode(model.model.layers[1].mlp.gate, wrong):
+    with in_calls(model.model.layers[1].mlp.gate, wrong, of_one=of_one):
         found = driftprobe.probe(model, {"a": tokens(20)}, mode="as_designed")
     assert found.verdict is Verdict.MISMATCH
     assert found.first_failure is not None
@@ -268,11 +281,12 @@ def test_a_decoded_tokens_near_tie_explains_its_row_in_a_later_step(whole):
     "changes",
     [
         (tied(FAR), row_off(DECODED)),
+        (tied(-FAR), row_off(DECODED)),
         (tied(CLOSE), row_off(DECODED), row_off(DECODED, arms=("T",))),
         (tied(CLOSE), row_off(DECODED, layer=0)),
         (tied(CLOSE), row_off(DECODED + 1)),
     ],
-    ids=["a wide margin", "arm T has it too", "no router before it", "the step's own row"],
+    ids=["a wide margin", "a choice against the logits", "arm T has it too", "no router before it", "the step's own row"],
 )
 def test_a_row_that_no_near_tie_explains_is_a_mismatch(changes, whole):
     found, item = judged(*changes, whole=whole, steps=2)
