@@ -8,38 +8,28 @@ import numpy as np
 import pytest
 
 from driftprobe.climb import MODERATE, ROUNDING, SHRINKS
+from driftprobe.compare import PayloadSource
 from driftprobe.diagnose import diagnose
-from driftprobe.fingerprint import UNIT_ROUNDOFF, Array
+from driftprobe.fingerprint import UNIT_ROUNDOFF
 from driftprobe.floor import LIMIT
 from driftprobe.judgement import Judgement, Ladder, Outcome, Reading, TraceJudgement, Verdict
 from driftprobe.report import render_all
 from driftprobe.trace import COST, OTHER_TOKEN, Event, Trace
 from driftprobe.verdict import base_traces, judge
-from make_trace import Arrays, Change, Site, both, drifting, scaled, toy, unchanged, without
+from make_trace import Change, Site, both, both_payloads, drifting, scaled, toy, unchanged, without
 
 BASE, RUNG = UNIT_ROUNDOFF["float32"], UNIT_ROUNDOFF["float64"]
 START = (1, "attn_ctx")
 
 
-def run_and_rung(base: Change, rung: Change, **facts: object) -> tuple[tuple[Trace, ...], Arrays]:
+def run_and_rung(base: Change, rung: Change, **facts: object) -> tuple[tuple[Trace, ...], PayloadSource]:
     """A float32 run and its rung in float64, with their tensors."""
     below, arrays = toy(base, mode="kv_aligned", arms=("E1",))
     above, more = toy(rung, mode="kv_aligned", arms=("E1",), dtype=np.float64, facts=facts)
     cost = Event(event=COST, arm="", measured={"milliseconds": 1500})
     above = replace(above, header=replace(above.header, rung="float64"), path="p0_kv_aligned_float64.jsonl",
                     events=(*above.events, cost))  # fmt: skip
-    found = _Both((below, arrays), (above, more))
-    return (below, above), found  # type: ignore[return-value]
-
-
-class _Both:
-    """Payloads of two traces whose keys are alike but for the dtype."""
-
-    def __init__(self, *sides: tuple[Trace, Arrays]) -> None:
-        self.arrays = {id(record): arrays.get(record) for trace, arrays in sides for record in trace.records}
-
-    def get(self, record: object) -> Array | None:
-        return self.arrays.get(id(record))
+    return (below, above), both_payloads((below, arrays), (above, more))
 
 
 def climbed(base: Change, rung: Change, **facts: object) -> tuple[Judgement, TraceJudgement, Ladder]:

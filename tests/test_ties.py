@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from driftprobe.fingerprint import Array
 from driftprobe.judgement import Judgement, TraceJudgement, Verdict
 from driftprobe.ties import _numbers
 from driftprobe.verdict import judge
-from make_trace import LAYER_TAPS, LENGTH, Change, Site, both, drifting, record, toy
+from make_trace import LAYER_TAPS, LENGTH, Change, Site, both, both_payloads, drifting, record, toy, unchanged
 
 TAPS = (*LAYER_TAPS, "router_logits", "expert_ids")
 CLOSE, FAR = 1e-6, 0.5
@@ -215,10 +216,10 @@ def earlier(site: Site, array: Array) -> Array:
 
 def test_an_earlier_tokens_flip_shows_in_the_cache_and_not_in_arm_t():
     found, item = judged(router(CLOSE, drift=0.0), unflipped, earlier)
-    assert found.verdict is Verdict.STRUCTURAL_DRIFT, found.reason
+    assert found.verdict is Verdict.NOT_AVAILABLE, found.reason  # of a prompt's token nobody recorded the choice
     (flip,) = item.flips
-    assert flip.earlier and flip.layer == 1
-    assert "an earlier token's experts" in found.reason
+    assert flip.earlier and flip.layer == 1 and not flip.told
+    assert "an earlier token's experts" in found.reason and "--ladder on" in found.reason
 
 
 def test_without_arm_t_or_with_rows_that_fail_there_too_the_cache_is_a_mismatch():
@@ -286,7 +287,13 @@ def test_a_decoded_tokens_near_tie_explains_its_row_in_a_later_step(whole):
         (tied(CLOSE), row_off(DECODED, layer=0)),
         (tied(CLOSE), row_off(DECODED + 1)),
     ],
-    ids=["a wide margin", "a choice against the logits", "arm T has it too", "no router before it", "the step's own row"],
+    ids=[
+        "a wide margin",
+        "a choice against the logits",
+        "arm T has it too",
+        "no router before it",
+        "the step's own row",
+    ],
 )
 def test_a_row_that_no_near_tie_explains_is_a_mismatch(changes, whole):
     found, item = judged(*changes, whole=whole, steps=2)
@@ -294,11 +301,54 @@ def test_a_row_that_no_near_tie_explains_is_a_mismatch(changes, whole):
 
 
 def test_an_unrecorded_choice_explains_its_own_row_and_not_a_decoded_tokens():
-    assert judged(tied(FAR), row_off(0), steps=2)[0].verdict is Verdict.STRUCTURAL_DRIFT
+    found, item = judged(tied(FAR), row_off(0), steps=2)
+    assert found.verdict is Verdict.NOT_AVAILABLE and not item.flips[0].told, found.reason
+    found, item = judged(tied(CLOSE), row_off(0), row_off(DECODED), steps=2)
+    assert found.verdict is Verdict.NOT_AVAILABLE and not item.flips[0].told, found.reason
     found, _ = judged(tied(FAR), row_off(0), row_off(DECODED), steps=2)
     assert found.verdict is Verdict.MISMATCH
     first = found.first_failure
     assert first is not None and (first.step, first.layer, first.tensor) == (1, 1, "k_cache")
+
+
+@pytest.mark.parametrize("at_rung", [unchanged, drifting(0.5, start=(1, "k_cache"))], ids=["clean", "off there too"])
+def test_the_ladder_tells_whether_a_prompt_tokens_unrecorded_choice_was_a_tie(at_rung):
+    below, arrays = toy(both(tied(FAR), row_off(0)), taps=TAPS, arms=("E1", "T"), mode="kv_aligned", steps=2)
+    above, more = toy(both(tied(FAR), at_rung), taps=TAPS, arms=("E1", "T"), mode="kv_aligned", steps=2,
+                      dtype=np.float64)  # fmt: skip
+    above = replace(above, header=replace(above.header, rung="float64"), path="p0_kv_aligned_float64.jsonl")
+    found = judge([below, above], both_payloads((below, arrays), (above, more)))
+    item = found.modes["kv_aligned"].prompts[0]
+    assert item.ladder is not None and item.ladder.base_verdict is Verdict.NOT_AVAILABLE
+    if at_rung is unchanged:
+        assert found.verdict is Verdict.STRUCTURAL_DRIFT and "near tie" in found.reason, found.reason
+    else:
+        assert found.verdict is Verdict.MISMATCH, found.reason
+
+
+@pytest.mark.parametrize("ladder", ["off", "on"])
+def test_a_router_that_depends_on_the_prompts_length_is_no_near_tie(ladder):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    import driftprobe
+    from models import build, tokens
+
+    model = build("mixtral")
+    if not has_choice(model):
+        pytest.skip("this transformers chooses experts outside the router")
+
+    def rerouted(_module: object, args: tuple[Any, ...], output: tuple[Any, ...]) -> Any:
+        if args[0].reshape(-1, args[0].shape[-1]).shape[0] != 20:
+            return None
+        at = torch.arange(20)[:, None] == 5
+        return tuple(part if part.is_floating_point() else torch.where(at, 3 - part, part) for part in output)
+
+    handle = model.model.layers[0].mlp.gate.register_forward_hook(rerouted)
+    try:
+        found = driftprobe.probe(model, {"a": tokens(20)}, mode="as_designed", ladder=ladder)
+    finally:
+        handle.remove()
+    assert found.verdict is (Verdict.NOT_AVAILABLE if ladder == "off" else Verdict.MISMATCH), found.reason
 
 
 def test_what_depends_on_such_a_row_is_compared_with_arm_t():

@@ -62,6 +62,9 @@ def climb(base: TraceJudgement, rung: TraceJudgement, name: str, seconds: float 
                        reading=rung.reading)  # fmt: skip
     if outcome is Outcome.SCALES:
         return _explained(judged, slopes)
+    if outcome is Outcome.AGREES and _hinges_on_a_tie(base):
+        reason = f"{base.flips[0].words}: a near tie, as at {name}, where rounding turns none, {outcome.words}"
+        return replace(judged, verdict=Verdict.STRUCTURAL_DRIFT, reason=reason)
     if outcome is Outcome.PRECISION:
         first = replace(base.failures[0], diagnosis=_precision(base.failures[0], rung.cells, base_unit))
         return replace(judged, failures=(first, *base.failures[1:]))
@@ -79,6 +82,12 @@ def _outcome(base: TraceJudgement, rung: TraceJudgement, slopes: Sequence[Slope]
     if rung.verdict is Verdict.MISMATCH:
         return Outcome.SHARPER
     return Outcome.PRECISION if base.verdict is Verdict.MISMATCH else Outcome.AGREES
+
+
+def _hinges_on_a_tie(base: TraceJudgement) -> bool:
+    """Whether a choice that nobody recorded, a near tie or a wrong one, is all that keeps a run from its verdict."""
+    untold = bool(base.flips) and not base.flips[0].told and base.reading is not Reading.HARNESS
+    return untold and all(cell.status is Status.PASS for cell in base.cells) and not base.failures
 
 
 def _scale(failures: Sequence[Failure], slopes: Sequence[Slope]) -> bool:

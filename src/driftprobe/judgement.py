@@ -249,14 +249,19 @@ class TieFlip:
     """Where that token stands, if it was decoded: the prefill that read it recorded the margin. None for a prompt's."""
 
     @property
+    def told(self) -> bool:
+        """Whether a margin shows that it was a near tie; of a prompt's token nobody recorded one."""
+        return not self.earlier or self.position is not None
+
+    @property
     def words(self) -> str:
         """The flip in a sentence."""
         if self.earlier:
             known = f"position {self.position}, margin {self.margin:.2e} (rounding can move it by {self.allowed:.2e})"
             return (
                 f"an earlier token's experts: the cache rows of layer {self.layer} are not prefill's, and are with its "
-                "choice of experts put in; a near tie, at "
-                + (known if self.position is not None else "a prompt's token, whose margin nobody recorded")
+                "choice of experts put in; "
+                + (f"a near tie, at {known}" if self.told else "a prompt's token, whose margin nobody recorded")
             )
         left, came = (", ".join(map(str, experts)) for experts in (self.left, self.came))
         return (

@@ -124,7 +124,8 @@ def _told_by(
     """Return the flip that changed rows of a cache tap, if each may be a flip's; some, where not all are known beyond.
 
     A decoded token has to have been a near tie at a layer before, with its router's logits within their limit. Of a
-    prompt's token nobody recorded the choice. That of the step itself is no earlier one.
+    prompt's token nobody recorded the choice: where a row needs one, the flip has no position and is not told.
+    That of the step itself is no earlier one.
     """
     step, layer = rows.reference.step, rows.reference.layer
     by_place = {(p.reference.step, p.reference.layer, p.reference.tensor): p for p in pairs}
@@ -139,8 +140,9 @@ def _told_by(
     explained = [at for at in sorted(changed.positions) if at in ties or at not in recorded]
     if not explained or (changed.sized and len(explained) < len(changed.positions)):
         return None
-    margin, allowed = ties.get(explained[0], (0.0, 0.0))
-    position = explained[0] if explained[0] in ties else None
+    known = [at for at in explained if at in ties]
+    position = known[0] if known and not (changed.sized and len(known) < len(explained)) else None
+    margin, allowed = (0.0, 0.0) if position is None else ties[position]
     return TieFlip(step, layer, (), (), margin, allowed, earlier=True, position=position)
 
 
