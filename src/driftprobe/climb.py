@@ -14,7 +14,6 @@ from dataclasses import replace
 from driftprobe.fingerprint import UNIT_ROUNDOFF
 from driftprobe.floor import LIMIT, UNKNOWN_DTYPE
 from driftprobe.judgement import (
-    SAME_TOKEN,
     Cell,
     Diagnosis,
     Failure,
@@ -72,8 +71,8 @@ def climb(base: TraceJudgement, rung: TraceJudgement, name: str, seconds: float 
 
 
 def _outcome(base: TraceJudgement, rung: TraceJudgement, slopes: Sequence[Slope]) -> Outcome:
-    shut = {gate.name for gate in base.gates if not gate.passed}
-    if rung.verdict is Verdict.NOT_AVAILABLE or shut - {SAME_TOKEN}:
+    shut = [gate for gate in base.gates if not gate.passed]
+    if rung.verdict is Verdict.NOT_AVAILABLE or not all(gate.strayed for gate in shut):
         return Outcome.NOT_TOLD
     if shut:  # nothing failed before another token was chosen; where the rung says what did, that is why
         return Outcome.SHARPER if rung.verdict is Verdict.MISMATCH else Outcome.NOT_TOLD

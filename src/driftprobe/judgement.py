@@ -59,10 +59,6 @@ class Status(str, Enum):
     UNKNOWN = "unknown"
 
 
-SAME_TOKEN = "same token"
-"""The gate that both sides ran the same token at the same position."""
-
-
 @dataclass(frozen=True, slots=True)
 class Gate:
     """One condition that must hold before a verdict is given."""
@@ -70,6 +66,8 @@ class Gate:
     name: str
     passed: bool
     detail: str
+    strayed: bool = False
+    """Whether nothing shuts it but a candidate that goes on with a token of its own choice (mode `paths`)."""
 
 
 @dataclass(frozen=True, slots=True)
