@@ -12,10 +12,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from driftprobe import probe_paths  # noqa: E402
+from driftprobe.causes import agree  # noqa: E402
 from path_models import Recurrent, Toy  # noqa: E402
 
 IDS = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7]
-CUTS = (0, 5, 9, 10, 11)
+CUTS = (0, 3, 4, 8, 9, 11)
 NAME = "blocks.1.mixer.inward"
 Path = Callable[[Any], None]
 
@@ -93,6 +94,28 @@ def test_a_projection_of_any_module_is_named_with_size_side_and_calls(
     assert parameters == {"side": side, **({} if calls is None else {"calls": calls})}
     assert f"{side} is the wrong side" in words
     assert (f"in calls {calls} alone" in words) is (calls is not None)
+
+
+def test_calls_are_not_named_where_a_fault_from_a_position_on_looks_alike() -> None:
+    def late(model: Any) -> None:
+        """Wrong from position 9 on, where the calls of one token begin."""
+        state = None
+        for start, stop in pairwise((0, 5, 9, 10, 11)):
+            factor = 1.01 if start >= 9 else 1.0
+            handle = model.get_submodule(NAME).register_forward_hook(lambda _m, _a, out, by=factor: out * by)
+            _, state = model(torch.tensor([IDS[start:stop]]), state)
+            handle.remove()
+
+    cause, parameters, words = diagnosed(late)
+    assert cause == "projection_scale" and parameters["side"] == "candidate"
+    assert "calls" not in parameters and "in calls" not in words
+
+
+def test_calls_that_are_named_where_there_are_none_are_no_agreement() -> None:
+    found = {"error": 0.01, "side": "candidate", "calls": "of one token"}
+    expected = {"error": 0.01, "side": "candidate"}
+    assert agree("projection_scale", found, found) and agree("projection_scale", expected, expected)
+    assert not agree("projection_scale", expected, found) and not agree("projection_scale", found, expected)
 
 
 @pytest.mark.parametrize("size", [0.02, 0.2])
