@@ -125,6 +125,19 @@ class Arrays:
         return self.arrays.get(item.key)
 
 
+class _Together:
+    def __init__(self, sides: tuple[tuple[Trace, Arrays], ...]) -> None:
+        self.arrays = {id(record): arrays.get(record) for trace, arrays in sides for record in trace.records}
+
+    def get(self, item: Record) -> Array | None:
+        return self.arrays.get(id(item))
+
+
+def both_payloads(*sides: tuple[Trace, Arrays]) -> _Together:
+    """The payloads of several traces whose keys are alike: a run and its rung."""
+    return _Together(sides)
+
+
 def unchanged(_site: Site, array: Array) -> Array:
     """The healthy engine: every arm computes the same bits."""
     return array

@@ -8,38 +8,29 @@ import numpy as np
 import pytest
 
 from driftprobe.climb import MODERATE, ROUNDING, SHRINKS
+from driftprobe.compare import PayloadSource
 from driftprobe.diagnose import diagnose
-from driftprobe.fingerprint import UNIT_ROUNDOFF, Array
+from driftprobe.fingerprint import UNIT_ROUNDOFF
 from driftprobe.floor import LIMIT
 from driftprobe.judgement import Judgement, Ladder, Outcome, Reading, TraceJudgement, Verdict
 from driftprobe.report import render_all
-from driftprobe.trace import COST, OTHER_TOKEN, Event, Trace
+from driftprobe.taps import PATHS
+from driftprobe.trace import COST, OTHER_TOKEN, Event, Record, Trace
 from driftprobe.verdict import base_traces, judge
-from make_trace import Arrays, Change, Site, both, drifting, scaled, toy, unchanged, without
+from make_trace import Change, Site, both, both_payloads, drifting, scaled, toy, unchanged, without
 
 BASE, RUNG = UNIT_ROUNDOFF["float32"], UNIT_ROUNDOFF["float64"]
 START = (1, "attn_ctx")
 
 
-def run_and_rung(base: Change, rung: Change, **facts: object) -> tuple[tuple[Trace, ...], Arrays]:
+def run_and_rung(base: Change, rung: Change, **facts: object) -> tuple[tuple[Trace, ...], PayloadSource]:
     """A float32 run and its rung in float64, with their tensors."""
     below, arrays = toy(base, mode="kv_aligned", arms=("E1",))
     above, more = toy(rung, mode="kv_aligned", arms=("E1",), dtype=np.float64, facts=facts)
     cost = Event(event=COST, arm="", measured={"milliseconds": 1500})
     above = replace(above, header=replace(above.header, rung="float64"), path="p0_kv_aligned_float64.jsonl",
                     events=(*above.events, cost))  # fmt: skip
-    found = _Both((below, arrays), (above, more))
-    return (below, above), found  # type: ignore[return-value]
-
-
-class _Both:
-    """Payloads of two traces whose keys are alike but for the dtype."""
-
-    def __init__(self, *sides: tuple[Trace, Arrays]) -> None:
-        self.arrays = {id(record): arrays.get(record) for trace, arrays in sides for record in trace.records}
-
-    def get(self, record: object) -> Array | None:
-        return self.arrays.get(id(record))
+    return (below, above), both_payloads((below, arrays), (above, more))
 
 
 def climbed(base: Change, rung: Change, **facts: object) -> tuple[Judgement, TraceJudgement, Ladder]:
@@ -132,15 +123,40 @@ def test_a_shut_gate_leaves_the_runs_own_verdict(side):
 @pytest.mark.parametrize(("size", "verdict"), [(3 * BASE, Verdict.MISMATCH), (2 * RUNG, Verdict.NOT_AVAILABLE)])
 def test_another_token_is_explained_by_a_failure_before_it_at_the_rung_alone(size: float, verdict: Verdict) -> None:
     """What made the candidate choose otherwise may be under the run's own floor."""
-    traces, arrays = run_and_rung(off(size), off(size))
-    event = Event(event=OTHER_TOKEN, arm="D", measured={"position": 9})
-    both_of = [replace(trace, events=(*trace.events, event)) for trace in traces]
-    judged = judge(both_of, arrays)
+    judged, ladder = strayed(size, PATHS)
     assert judged.verdict is verdict
-    ladder = judged.modes["kv_aligned"].prompts[0].ladder
-    assert ladder is not None
     assert ladder.base_verdict is Verdict.NOT_AVAILABLE
     assert ladder.outcome is (Outcome.SHARPER if verdict is Verdict.MISMATCH else Outcome.NOT_TOLD)
+
+
+def strayed(size: float, mode: str, other: int = 0) -> tuple[Judgement, Ladder]:
+    """A run and its rung that are off by a size, in which the candidate goes on with another token.
+
+    `other` is how far off the run's own token ids are, on the candidate's side.
+    """
+
+    def token(record: Record) -> Record:
+        named = record.arm == "D" and record.token_id is not None and other
+        return replace(record, token_id=record.token_id + other) if named else record  # type: ignore[operator]
+
+    (below, arrays), (above, more) = (
+        toy(off(size), mode="kv_aligned", arms=("E1",), dtype=dtype) for dtype in (np.float32, np.float64)
+    )
+    above = replace(above, header=replace(above.header, rung="float64"), path="p0_kv_aligned_float64.jsonl")
+    below = replace(below, records=tuple(map(token, below.records)))
+    event = Event(event=OTHER_TOKEN, arm="D", measured={"position": 9})
+    traces = [replace(trace, header=replace(trace.header, mode=mode), events=(*trace.events, event))
+              for trace in (below, above)]  # fmt: skip
+    judged = judge(traces, both_payloads((traces[0], arrays), (traces[1], more)))
+    ladder = judged.modes[mode].prompts[0].ladder
+    assert ladder is not None
+    return judged, ladder
+
+
+@pytest.mark.parametrize(("mode", "other"), [("kv_aligned", 0), (PATHS, 1)])
+def test_a_same_token_gate_that_more_shuts_than_a_paths_own_choice_stays_shut(mode: str, other: int) -> None:
+    judged, ladder = strayed(3 * BASE, mode, other)
+    assert (judged.verdict, ladder.outcome) == (Verdict.NOT_AVAILABLE, Outcome.NOT_TOLD)
 
 
 def test_a_rung_without_its_run_stands_for_itself():

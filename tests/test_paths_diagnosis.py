@@ -12,10 +12,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from driftprobe import probe_paths  # noqa: E402
+from driftprobe.causes import agree  # noqa: E402
 from path_models import Recurrent, Toy  # noqa: E402
 
 IDS = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7]
-CUTS = (0, 5, 9, 10, 11)
+CUTS = (0, 3, 4, 8, 9, 11)
 NAME = "blocks.1.mixer.inward"
 Path = Callable[[Any], None]
 
@@ -95,6 +96,28 @@ def test_a_projection_of_any_module_is_named_with_size_side_and_calls(
     assert (f"in calls {calls} alone" in words) is (calls is not None)
 
 
+def test_calls_are_not_named_where_a_fault_from_a_position_on_looks_alike() -> None:
+    def late(model: Any) -> None:
+        """Wrong from position 9 on, where the calls of one token begin."""
+        state = None
+        for start, stop in pairwise((0, 5, 9, 10, 11)):
+            factor = 1.01 if start >= 9 else 1.0
+            handle = model.get_submodule(NAME).register_forward_hook(lambda _m, _a, out, by=factor: out * by)
+            _, state = model(torch.tensor([IDS[start:stop]]), state)
+            handle.remove()
+
+    cause, parameters, words = diagnosed(late)
+    assert cause == "projection_scale" and parameters["side"] == "candidate"
+    assert "calls" not in parameters and "in calls" not in words
+
+
+def test_calls_that_are_named_where_there_are_none_are_no_agreement() -> None:
+    found = {"error": 0.01, "side": "candidate", "calls": "of one token"}
+    expected = {"error": 0.01, "side": "candidate"}
+    assert agree("projection_scale", found, found) and agree("projection_scale", expected, expected)
+    assert not agree("projection_scale", expected, found) and not agree("projection_scale", found, expected)
+
+
 @pytest.mark.parametrize("size", [0.02, 0.2])
 def test_other_weights_are_named_with_their_relative_error(size: float) -> None:
     noise = torch.randn(24, 24, generator=torch.Generator().manual_seed(5))
@@ -110,25 +133,65 @@ def test_a_change_of_low_rank_is_an_adapter() -> None:
     assert (cause, parameters["rank"]) == ("adapter", 2)
 
 
-def test_a_learned_position_that_is_off_is_named_by_its_row() -> None:
-    class Placed(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.tokens, self.places = torch.nn.Embedding(50, 16), torch.nn.Embedding(64, 16)
-            self.head = torch.nn.Linear(16, 50)
+class Placed(torch.nn.Module):
+    """Tokens, and the rows of a second table that a path asks for."""
 
-        def forward(self, ids: Any, start: int = 0) -> Any:
-            return self.head(self.tokens(ids) + self.places(start + torch.arange(ids.shape[1])[None]))
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = torch.nn.Embedding(50, 16), torch.nn.Embedding(64, 16)
+        self.head = torch.nn.Linear(16, 50)
 
-    def late(model: Any) -> None:
-        model(torch.tensor([IDS[:5]]))
-        model(torch.tensor([IDS[5:]]), 8)
+    def forward(self, ids: Any, rows: Any) -> Any:
+        return self.head(self.tokens(ids) + self.places(rows))
 
+
+def asking(rows: list[int]) -> Path:
+    """Two calls, each token with its row of the table."""
+
+    def run(model: Any) -> None:
+        for part in (slice(0, 5), slice(5, None)):
+            model(torch.tensor([IDS[part]]), torch.tensor([rows[part]]))
+
+    return run
+
+
+COUNT = list(range(len(IDS)))
+
+
+@pytest.mark.parametrize("offset", [0, 2])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_learned_position_that_is_off_is_named_by_its_position_whatever_rows_its_table_keeps(
+    offset: int, turned: bool
+) -> None:
+    right = [offset + at for at in COUNT]
+    paths = [asking(right), asking([*right[:5], *(at + 3 for at in right[5:])])]
     torch.manual_seed(0)
-    first = probe_paths(Placed(), reference=whole, candidate=late, ladder="off").first_failure
+    reference, candidate = paths[::-1] if turned else paths
+    first = probe_paths(Placed(), reference=reference, candidate=candidate, ladder="off").first_failure
     assert first is not None and first.diagnosis is not None
     assert (first.tensor, first.position, first.diagnosis.cause) == ("places", 5, "learned_position")
-    assert first.diagnosis.parameters == {"used": 8, "expected": 5, "offset": 3, "side": "candidate"}
+    side = "reference" if turned else "candidate"
+    assert first.diagnosis.parameters == {"used": 8, "expected": 5, "offset": 3, "side": side}
+    assert f"{side} is the wrong side" in first.root_cause
+
+
+def test_an_offset_that_one_side_forgets_is_that_sides_fault() -> None:
+    right = [2 + at for at in COUNT]
+    torch.manual_seed(0)
+    found = probe_paths(Placed(), reference=asking(right), candidate=asking([*right[:5], *COUNT[5:]]), ladder="off")
+    first = found.first_failure
+    assert first is not None and first.diagnosis is not None
+    assert first.diagnosis.parameters == {"used": 3, "expected": 5, "offset": -2, "side": "candidate"}
+
+
+@pytest.mark.parametrize("passed", [5, 1, 0], ids=["other kinds", "one row", "no row that passes"])
+def test_an_embedding_that_does_not_count_positions_is_no_table_of_them(passed: int) -> None:
+    torch.manual_seed(0)
+    kinds = [0] * len(IDS)
+    other = [*kinds[:passed], *(1 for _ in kinds[passed:])]
+    first = probe_paths(Placed(), reference=asking(kinds), candidate=asking(other), ladder="off").first_failure
+    assert first is not None and (first.tensor, first.position) == ("places", passed)
+    assert first.diagnosis is None and "wrong side" not in first.root_cause
 
 
 def hooked(change: Callable[[Any, int], Any]) -> Path:

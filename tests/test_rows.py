@@ -9,7 +9,7 @@ import pytest
 
 from driftprobe.compare import NoPayloads, PayloadSource
 from driftprobe.judgement import RowCheck
-from driftprobe.rows import kv_indicators, zero_row_hash
+from driftprobe.rows import kv_indicators, rows_as_numbers, zero_row_hash
 from driftprobe.trace import Trace
 from driftprobe.verdict import judge_trace
 from make_trace import LENGTH, Arrays, Change, Site, scaled, toy, toy_values, unchanged
@@ -211,3 +211,27 @@ def test_arrays_are_found_by_their_key():
     trace, arrays = toy()
     assert isinstance(arrays, Arrays)
     assert all(arrays.get(record) is not None for record in trace.records)
+
+
+@pytest.mark.parametrize("side", ["D", "P", "both"])
+def test_a_cache_of_no_rows_is_judged(side):
+    def none(site: Site, rows: np.ndarray) -> np.ndarray:
+        mine = side == "both" or site.arm[0] == side
+        return rows[:0] if (site.layer, site.tensor) == (1, "k_cache") and mine else rows
+
+    trace, arrays = toy(none, mode="kv_aligned")
+    judged = judge_trace(trace, arrays)
+    assert all((row.compared, row.equal) == (0, 0) for row in judged.rows if (row.tensor, row.layer) == ("k_cache", 1))
+    assert rows_as_numbers(next(r for r in trace.records if r.tensor == "k_cache" and r.layer == 1), arrays) is not None
+
+
+def test_a_differing_cache_of_no_rows_is_checked_in_numbers():
+    """The other layers' rows are looked through too, and one of those caches may be empty."""
+
+    def none(site: Site, rows: np.ndarray) -> np.ndarray:
+        if site.tensor == "k_cache" and site.layer == 0:
+            return rows[:0]
+        return noisy(site, rows) if site.tensor == "k_cache" and site.arm[0] in "DA" else rows
+
+    trace, arrays = toy(none)
+    assert of_trace(trace, arrays, "k_cache", 1).compared == LENGTH

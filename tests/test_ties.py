@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from driftprobe.fingerprint import Array
 from driftprobe.judgement import Judgement, TraceJudgement, Verdict
 from driftprobe.ties import _numbers
 from driftprobe.verdict import judge
-from make_trace import LAYER_TAPS, LENGTH, Change, Site, both, drifting, record, toy
+from make_trace import LAYER_TAPS, LENGTH, Change, Site, both, both_payloads, drifting, record, toy, unchanged
 
 TAPS = (*LAYER_TAPS, "router_logits", "expert_ids")
 CLOSE, FAR = 1e-6, 0.5
@@ -64,6 +65,18 @@ def test_a_near_tie_is_structural_and_said_with_layer_experts_and_margin(whole):
 def test_a_wide_margin_is_a_mismatch_at_the_choice():
     found, item = judged(router(FAR), BEHIND)
     assert found.verdict is Verdict.MISMATCH and item.flips == ()
+    assert found.first_failure is not None
+    assert (found.first_failure.layer, found.first_failure.tensor) == (1, "expert_ids")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_experts_that_prefill_takes_against_its_own_logits_are_a_mismatch_at_the_choice(whole):
+    def chosen(site: Site, array: Array) -> Array:
+        wrong = site.tensor == "expert_ids" and site.layer == 1 and site.arm[0] not in "DA"
+        return np.array([[2, 3]]) if wrong else unflipped(site, array)
+
+    found, item = judged(router(FAR), chosen, BEHIND, whole=whole)
+    assert found.verdict is Verdict.MISMATCH and item.flips == (), found.reason
     assert found.first_failure is not None
     assert (found.first_failure.layer, found.first_failure.tensor) == (1, "expert_ids")
 
@@ -131,11 +144,11 @@ def near_tie(seed: int) -> Any:
 
 
 @contextmanager
-def in_decode(module: Any, change: Callable[[Any], Any]) -> Any:
-    """Change a module's output in one-token calls."""
+def in_calls(module: Any, change: Callable[[Any], Any], *, of_one: bool) -> Any:
+    """Change a module's output in one-token calls, or in all others."""
 
     def hook(_module: object, args: tuple[Any, ...], output: Any) -> Any:
-        return change(output) if args[0].reshape(-1, args[0].shape[-1]).shape[0] == 1 else None
+        return change(output) if (args[0].reshape(-1, args[0].shape[-1]).shape[0] == 1) is of_one else None
 
     handle = module.register_forward_hook(hook)
     try:
@@ -164,7 +177,7 @@ def test_a_model_with_near_ties_is_healthy_and_a_bug_in_it_is_found():
         assert found.verdict is Verdict.STRUCTURAL_DRIFT, found.reason
         here = found.judgement.modes["as_designed"].prompts[0].flips
         flips += len(here)
-        with in_decode(model.model.layers[2].self_attn.o_proj, lambda output: output * 1.01):
+        with in_calls(model.model.layers[2].self_attn.o_proj, lambda output: output * 1.01, of_one=True):
             broken = driftprobe.probe(model, prompts, mode="as_designed", ladder="off")
         assert broken.verdict is Verdict.MISMATCH
         assert broken.first_failure is not None
@@ -172,7 +185,8 @@ def test_a_model_with_near_ties_is_healthy_and_a_bug_in_it_is_found():
     assert flips
 
 
-def test_a_router_that_chooses_wrongly_in_decode_is_a_mismatch():
+@pytest.mark.parametrize("of_one", [True, False], ids=["decode", "prefill"])
+def test_a_router_that_chooses_wrongly_on_one_side_is_a_mismatch(of_one):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     import driftprobe
@@ -185,7 +199,7 @@ def test_a_router_that_chooses_wrongly_in_decode_is_a_mismatch():
     def wrong(output: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple((4 - 1 - part) if not part.is_floating_point() else part for part in output)
 
-    with in_decode(model.model.layers[1].mlp.gate, wrong):
+    with in_calls(model.model.layers[1].mlp.gate, wrong, of_one=of_one):
         found = driftprobe.probe(model, {"a": tokens(20)}, mode="as_designed")
     assert found.verdict is Verdict.MISMATCH
     assert found.first_failure is not None
@@ -202,10 +216,10 @@ def earlier(site: Site, array: Array) -> Array:
 
 def test_an_earlier_tokens_flip_shows_in_the_cache_and_not_in_arm_t():
     found, item = judged(router(CLOSE, drift=0.0), unflipped, earlier)
-    assert found.verdict is Verdict.STRUCTURAL_DRIFT, found.reason
+    assert found.verdict is Verdict.NOT_AVAILABLE, found.reason  # of a prompt's token nobody recorded the choice
     (flip,) = item.flips
-    assert flip.earlier and flip.layer == 1
-    assert "an earlier token's experts" in found.reason
+    assert flip.earlier and flip.layer == 1 and not flip.told
+    assert "an earlier token's experts" in found.reason and "--ladder on" in found.reason
 
 
 def test_without_arm_t_or_with_rows_that_fail_there_too_the_cache_is_a_mismatch():
@@ -268,11 +282,18 @@ def test_a_decoded_tokens_near_tie_explains_its_row_in_a_later_step(whole):
     "changes",
     [
         (tied(FAR), row_off(DECODED)),
+        (tied(-FAR), row_off(DECODED)),
         (tied(CLOSE), row_off(DECODED), row_off(DECODED, arms=("T",))),
         (tied(CLOSE), row_off(DECODED, layer=0)),
         (tied(CLOSE), row_off(DECODED + 1)),
     ],
-    ids=["a wide margin", "arm T has it too", "no router before it", "the step's own row"],
+    ids=[
+        "a wide margin",
+        "a choice against the logits",
+        "arm T has it too",
+        "no router before it",
+        "the step's own row",
+    ],
 )
 def test_a_row_that_no_near_tie_explains_is_a_mismatch(changes, whole):
     found, item = judged(*changes, whole=whole, steps=2)
@@ -280,11 +301,54 @@ def test_a_row_that_no_near_tie_explains_is_a_mismatch(changes, whole):
 
 
 def test_an_unrecorded_choice_explains_its_own_row_and_not_a_decoded_tokens():
-    assert judged(tied(FAR), row_off(0), steps=2)[0].verdict is Verdict.STRUCTURAL_DRIFT
+    found, item = judged(tied(FAR), row_off(0), steps=2)
+    assert found.verdict is Verdict.NOT_AVAILABLE and not item.flips[0].told, found.reason
+    found, item = judged(tied(CLOSE), row_off(0), row_off(DECODED), steps=2)
+    assert found.verdict is Verdict.NOT_AVAILABLE and not item.flips[0].told, found.reason
     found, _ = judged(tied(FAR), row_off(0), row_off(DECODED), steps=2)
     assert found.verdict is Verdict.MISMATCH
     first = found.first_failure
     assert first is not None and (first.step, first.layer, first.tensor) == (1, 1, "k_cache")
+
+
+@pytest.mark.parametrize("at_rung", [unchanged, drifting(0.5, start=(1, "k_cache"))], ids=["clean", "off there too"])
+def test_the_ladder_tells_whether_a_prompt_tokens_unrecorded_choice_was_a_tie(at_rung):
+    below, arrays = toy(both(tied(FAR), row_off(0)), taps=TAPS, arms=("E1", "T"), mode="kv_aligned", steps=2)
+    above, more = toy(both(tied(FAR), at_rung), taps=TAPS, arms=("E1", "T"), mode="kv_aligned", steps=2,
+                      dtype=np.float64)  # fmt: skip
+    above = replace(above, header=replace(above.header, rung="float64"), path="p0_kv_aligned_float64.jsonl")
+    found = judge([below, above], both_payloads((below, arrays), (above, more)))
+    item = found.modes["kv_aligned"].prompts[0]
+    assert item.ladder is not None and item.ladder.base_verdict is Verdict.NOT_AVAILABLE
+    if at_rung is unchanged:
+        assert found.verdict is Verdict.STRUCTURAL_DRIFT and "near tie" in found.reason, found.reason
+    else:
+        assert found.verdict is Verdict.MISMATCH, found.reason
+
+
+@pytest.mark.parametrize("ladder", ["off", "on"])
+def test_a_router_that_depends_on_the_prompts_length_is_no_near_tie(ladder):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    import driftprobe
+    from models import build, tokens
+
+    model = build("mixtral")
+    if not has_choice(model):
+        pytest.skip("this transformers chooses experts outside the router")
+
+    def rerouted(_module: object, args: tuple[Any, ...], output: tuple[Any, ...]) -> Any:
+        if args[0].reshape(-1, args[0].shape[-1]).shape[0] != 20:
+            return None
+        at = torch.arange(20)[:, None] == 5
+        return tuple(part if part.is_floating_point() else torch.where(at, 3 - part, part) for part in output)
+
+    handle = model.model.layers[0].mlp.gate.register_forward_hook(rerouted)
+    try:
+        found = driftprobe.probe(model, {"a": tokens(20)}, mode="as_designed", ladder=ladder)
+    finally:
+        handle.remove()
+    assert found.verdict is (Verdict.NOT_AVAILABLE if ladder == "off" else Verdict.MISMATCH), found.reason
 
 
 def test_what_depends_on_such_a_row_is_compared_with_arm_t():

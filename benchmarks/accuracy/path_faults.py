@@ -18,7 +18,6 @@ from driftprobe.engines.hf import HFEngine
 from driftprobe.engines.hf.paths.names import name_points
 from driftprobe.engines.hf.states import stored_states
 from driftprobe.faults import Expected
-from driftprobe.hypotheses.sides import ONE
 
 CANDIDATE, REFERENCE = "candidate", "reference"
 LAYER, ROW, EXPERT = 1, 2, 0
@@ -129,9 +128,10 @@ def _hooked(name: str, change: Callable[[torch.Tensor], torch.Tensor], most: int
 
 
 def _one_token(names: Names, _text: Text, _pair: str, strength: float) -> tuple[Kept, Expected]:
+    """Its calls stand behind all others: a fault from there on looks alike, and no calls are to be named."""
     layer = names.layers[LAYER]
     name = names.of(layer.out_proj) if layer.out_proj is not None else names.ending_in(LAYER, "out_proj")
-    expected = names.expected(name, cause="projection_scale", error=strength, calls=ONE)
+    expected = names.expected(name, cause="projection_scale", error=strength)
     return _hooked(name, lambda value: value * (1 + strength), 1), expected
 
 

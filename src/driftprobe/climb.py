@@ -14,7 +14,6 @@ from dataclasses import replace
 from driftprobe.fingerprint import UNIT_ROUNDOFF
 from driftprobe.floor import LIMIT, UNKNOWN_DTYPE
 from driftprobe.judgement import (
-    SAME_TOKEN,
     Cell,
     Diagnosis,
     Failure,
@@ -62,6 +61,9 @@ def climb(base: TraceJudgement, rung: TraceJudgement, name: str, seconds: float 
                        reading=rung.reading)  # fmt: skip
     if outcome is Outcome.SCALES:
         return _explained(judged, slopes)
+    if outcome is Outcome.AGREES and _hinges_on_a_tie(base):
+        reason = f"{base.flips[0].words}: a near tie, as at {name}, where rounding turns none, {outcome.words}"
+        return replace(judged, verdict=Verdict.STRUCTURAL_DRIFT, reason=reason)
     if outcome is Outcome.PRECISION:
         first = replace(base.failures[0], diagnosis=_precision(base.failures[0], rung.cells, base_unit))
         return replace(judged, failures=(first, *base.failures[1:]))
@@ -69,8 +71,8 @@ def climb(base: TraceJudgement, rung: TraceJudgement, name: str, seconds: float 
 
 
 def _outcome(base: TraceJudgement, rung: TraceJudgement, slopes: Sequence[Slope]) -> Outcome:
-    shut = {gate.name for gate in base.gates if not gate.passed}
-    if rung.verdict is Verdict.NOT_AVAILABLE or shut - {SAME_TOKEN}:
+    shut = [gate for gate in base.gates if not gate.passed]
+    if rung.verdict is Verdict.NOT_AVAILABLE or not all(gate.strayed for gate in shut):
         return Outcome.NOT_TOLD
     if shut:  # nothing failed before another token was chosen; where the rung says what did, that is why
         return Outcome.SHARPER if rung.verdict is Verdict.MISMATCH else Outcome.NOT_TOLD
@@ -79,6 +81,12 @@ def _outcome(base: TraceJudgement, rung: TraceJudgement, slopes: Sequence[Slope]
     if rung.verdict is Verdict.MISMATCH:
         return Outcome.SHARPER
     return Outcome.PRECISION if base.verdict is Verdict.MISMATCH else Outcome.AGREES
+
+
+def _hinges_on_a_tie(base: TraceJudgement) -> bool:
+    """Whether a choice that nobody recorded, a near tie or a wrong one, is all that keeps a run from its verdict."""
+    untold = bool(base.flips) and not base.flips[0].told and base.reading is not Reading.HARNESS
+    return untold and all(cell.status is Status.PASS for cell in base.cells) and not base.failures
 
 
 def _scale(failures: Sequence[Failure], slopes: Sequence[Slope]) -> bool:

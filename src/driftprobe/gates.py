@@ -10,7 +10,7 @@ from driftprobe.compare import SCORES, Pair, Pairing
 from driftprobe.fingerprint import UNIT_ROUNDOFF
 from driftprobe.floor import UNKNOWN_DTYPE, Controls, Floors, innocent
 from driftprobe.judgement import SAME_TOKEN, Cell, Determinism, Gate, Status
-from driftprobe.taps import BY_NAME, CACHE_TAPS, STATE_TAPS, execution_order, place
+from driftprobe.taps import BY_NAME, CACHE_TAPS, PATHS, STATE_TAPS, execution_order, place
 from driftprobe.trace import FAILED, OTHER_TOKEN, Event, Record, Trace
 
 SHOWN = 3
@@ -111,13 +111,15 @@ def _same_token(evidence: Evidence) -> Gate:
             told = told or None not in (p, d)
             if None not in (p, d) and p != d:
                 different.append(f"{word} {p} and {d} at {_pair_name(pair)}")
-    different += [
+    strays = [
         f"the candidate goes on with another token at position {event.measured.get('position')}"
         for event in evidence.trace.events
         if event.event == OTHER_TOKEN and all(cell.status is not Status.FAIL for cell in evidence.cells)
     ]
     agreed = "same token at the same position in all arms" if told else "the trace does not name its tokens"
-    return Gate(SAME_TOKEN, not different, _listed(different) or agreed)
+    strayed = bool(strays) and not different and evidence.trace.header.mode == PATHS
+    different += strays
+    return Gate("same token", not different, _listed(different) or agreed, strayed)
 
 
 def _embed(evidence: Evidence) -> Gate:

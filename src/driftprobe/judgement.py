@@ -59,10 +59,6 @@ class Status(str, Enum):
     UNKNOWN = "unknown"
 
 
-SAME_TOKEN = "same token"
-"""The gate that both sides ran the same token at the same position."""
-
-
 @dataclass(frozen=True, slots=True)
 class Gate:
     """One condition that must hold before a verdict is given."""
@@ -70,6 +66,8 @@ class Gate:
     name: str
     passed: bool
     detail: str
+    strayed: bool = False
+    """Whether nothing shuts it but a candidate that goes on with a token of its own choice (mode `paths`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,14 +247,19 @@ class TieFlip:
     """Where that token stands, if it was decoded: the prefill that read it recorded the margin. None for a prompt's."""
 
     @property
+    def told(self) -> bool:
+        """Whether a margin shows that it was a near tie; of a prompt's token nobody recorded one."""
+        return not self.earlier or self.position is not None
+
+    @property
     def words(self) -> str:
         """The flip in a sentence."""
         if self.earlier:
             known = f"position {self.position}, margin {self.margin:.2e} (rounding can move it by {self.allowed:.2e})"
             return (
                 f"an earlier token's experts: the cache rows of layer {self.layer} are not prefill's, and are with its "
-                "choice of experts put in; a near tie, at "
-                + (known if self.position is not None else "a prompt's token, whose margin nobody recorded")
+                "choice of experts put in; "
+                + (f"a near tie, at {known}" if self.told else "a prompt's token, whose margin nobody recorded")
             )
         left, came = (", ".join(map(str, experts)) for experts in (self.left, self.came))
         return (

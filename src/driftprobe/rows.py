@@ -14,7 +14,7 @@ from math import prod
 import numpy as np
 
 from driftprobe.compare import PayloadSource
-from driftprobe.fingerprint import DTYPES, Float64, hash_bytes, l2_norm, to_float64
+from driftprobe.fingerprint import DTYPES, Array, Float64, hash_bytes, l2_norm, to_float64
 from driftprobe.judgement import Cell, KvIndicators, RowCheck, Status
 from driftprobe.taps import CACHE_TAPS
 from driftprobe.trace import Record, Trace
@@ -73,8 +73,13 @@ def rows_as_numbers(record: Record, payloads: PayloadSource) -> dict[int, Float6
     array = payloads.get(record)
     if array is None:
         return None
-    flat = to_float64(array).reshape(len(array), -1)
+    flat = _flat(array)
     return {record.row_start + i: row for i, row in enumerate(flat)}
+
+
+def _flat(array: Array) -> Float64:
+    """Return rows `[S, G, D]` as `[S, G·D]`; a cache may hold none."""
+    return to_float64(array).reshape(len(array), prod(array.shape[1:]))
 
 
 def zero_row_hash(record: Record) -> str | None:
@@ -134,9 +139,8 @@ def _numbers(cell: Cell, cells: Sequence[Cell], payloads: PayloadSource) -> _Num
         if (other.tensor, other.step, other.layer is None) == (cell.tensor, cell.step, False):
             rows = payloads.get(other.reference)
             if rows is not None and other.layer is not None:
-                prefill[other.layer] = (other.reference.row_start, to_float64(rows).reshape(len(rows), -1))
-    flat = to_float64(array).reshape(len(array), -1)
-    return _Numbers(flat, cell.candidate.row_start, prefill, cell.floor.limit)
+                prefill[other.layer] = (other.reference.row_start, _flat(rows))
+    return _Numbers(_flat(array), cell.candidate.row_start, prefill, cell.floor.limit)
 
 
 def _check(cell: Cell, known: _Known, numbers: _Numbers | None) -> RowCheck:

@@ -88,7 +88,8 @@ class Scene:
     def measured(self, event: str, arm: str) -> dict[int, int]:
         """Return what an event of an arm says by position (mode `paths`); empty without one."""
         found = [e.measured for e in self.trace.events if (e.event, e.arm) == (event, arm)]
-        return {int(p): value for p, value in found[0].items() if p.isdigit()} if found else {}
+        numbers = (found[0] if found else {}).items()  # isdigit() alone holds for "²", which int() refuses
+        return {int(p): value for p, value in numbers if p.isascii() and p.isdecimal()}
 
     @property
     def of_paths(self) -> bool:

@@ -124,7 +124,8 @@ def _told_by(
     """Return the flip that changed rows of a cache tap, if each may be a flip's; some, where not all are known beyond.
 
     A decoded token has to have been a near tie at a layer before, with its router's logits within their limit. Of a
-    prompt's token nobody recorded the choice. That of the step itself is no earlier one.
+    prompt's token nobody recorded the choice: where a row needs one, the flip has no position and is not told.
+    That of the step itself is no earlier one.
     """
     step, layer = rows.reference.step, rows.reference.layer
     by_place = {(p.reference.step, p.reference.layer, p.reference.tensor): p for p in pairs}
@@ -139,8 +140,9 @@ def _told_by(
     explained = [at for at in sorted(changed.positions) if at in ties or at not in recorded]
     if not explained or (changed.sized and len(explained) < len(changed.positions)):
         return None
-    margin, allowed = ties.get(explained[0], (0.0, 0.0))
-    position = explained[0] if explained[0] in ties else None
+    known = [at for at in explained if at in ties]
+    position = known[0] if known and not (changed.sized and len(known) < len(explained)) else None
+    margin, allowed = (0.0, 0.0) if position is None else ties[position]
     return TieFlip(step, layer, (), (), margin, allowed, earlier=True, position=position)
 
 
@@ -151,7 +153,10 @@ def _before(layer: int | None, other: int | None) -> bool:
 def _near_tie(
     choice: Pair, router: Pair | None, floors: dict[Place, Floor], payloads: PayloadSource
 ) -> tuple[float, float] | None:
-    """Return the margin of prefill's choice and what rounding may move it by, if that is enough to turn it."""
+    """Return the margin of prefill's choice and what rounding may move it by, if that is enough to turn it.
+
+    A choice that prefill's own logits turn down by more is no tie: it is wrong, or the logits alone do not make it.
+    """
     known = _agreeing_logits(router, floors, payloads)
     chosen = _numbers(choice.reference, payloads)
     if known is None or chosen is None:
@@ -160,7 +165,7 @@ def _near_tie(
     ids = sorted({round(value) for value in chosen})
     others = np.delete(logits, ids) if ids and ids[0] >= 0 and ids[-1] < logits.size else logits[:0]
     margin = float(logits[ids].min() - others.max()) if others.size else np.inf
-    return (margin, allowed) if margin <= allowed else None
+    return (margin, allowed) if abs(margin) <= allowed else None
 
 
 def _fails(pair: Pair, floors: dict[Place, Floor]) -> bool:
@@ -192,7 +197,10 @@ def _flips(pairs: Iterable[Pair], floors: dict[Place, Floor], payloads: PayloadS
 
 
 def _flip(pair: Pair, router: Pair | None, floors: dict[Place, Floor], payloads: PayloadSource) -> TieFlip | None:
-    """Return the flip of one choice, if the router's logits agree and rounding can turn what was turned."""
+    """Return the flip of one choice, if the router's logits agree and rounding can turn what was turned.
+
+    Rounding turns either side's choice: an expert that either took against its own logits, by more, is no tie.
+    """
     known = _agreeing_logits(router, floors, payloads)
     chosen, other = _numbers(pair.reference, payloads), _numbers(pair.candidate, payloads)
     if known is None or chosen is None or other is None:
@@ -202,10 +210,10 @@ def _flip(pair: Pair, router: Pair | None, floors: dict[Place, Floor], payloads:
     left, came = tuple(sorted(p - d)), tuple(sorted(d - p))
     if not left or not came or max(p | d) >= logits.size or min(p | d) < 0:
         return None
-    margin = float(max(logits[list(left)]) - min(logits[list(came)]))
-    if margin > allowed:
+    margins = logits[list(left)][:, None] - logits[list(came)]
+    if np.abs(margins).max() > allowed:
         return None
-    return TieFlip(pair.reference.step, pair.reference.layer, left, came, margin, allowed)
+    return TieFlip(pair.reference.step, pair.reference.layer, left, came, float(margins.max()), allowed)
 
 
 def _agreeing_logits(

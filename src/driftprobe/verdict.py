@@ -308,6 +308,10 @@ def _decide(
         words = settled.flips[0].words
         if not settled.aligned:
             return Verdict.NOT_AVAILABLE, f"{words}; nothing behind it can be compared without arm T"
+        if not settled.flips[0].told:
+            return Verdict.NOT_AVAILABLE, (
+                f"{words}: a near tie or a wrong choice, which a run without rounding can tell (--ladder on)"
+            )
         return Verdict.STRUCTURAL_DRIFT, f"{words}; with routing aligned every drift is within {LIMIT:g} × its floor"
     if all(cell.drift.equal for cell in cells):
         return Verdict.NO_DRIFT, f"all {len(cells)} pairs are bit for bit equal"

@@ -8,18 +8,21 @@ Axes: F frequencies, D channels, S positions.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from driftprobe.fingerprint import Float64
 from driftprobe.hypotheses.rotation import angles
 from driftprobe.hypotheses.view import Guess, Guesses, View
+from driftprobe.judgement import Status
 from driftprobe.taps import BY_NAME
 from driftprobe.trace import CACHE_BEYOND
 
 _BEYOND = 64
 """Positions behind the text that are looked at, beside as many again as the text has: padding, and rows too many."""
+_COUNTED = 8
+"""Rows that pass from which a learned table's offset is read: two would do, if no two rows were alike."""
 _RECOGNISED = 0.05
 """How far, relative, a row of cosines may be from the table's: rounding in bfloat16, and more."""
 
@@ -30,6 +33,8 @@ class Table:
 
     variants_SD: tuple[Float64, ...]
     cause: str
+    offset: int = 0
+    """Which row position 0 has: the first rows of a learned table may be kept for something else."""
 
     def nearest(self, row_D: Float64) -> tuple[int, Float64]:
         """Return the position whose row is nearest to one, and that row."""
@@ -46,12 +51,24 @@ def table_of(view: View) -> Table | None:
         return None
     learned = view.constant(f"{view.tensor}.table")
     if learned is not None:
-        return Table((learned,), "learned_position") if learned.shape[1] == result.shape[1] else None
+        return _learned(view, learned) if learned.shape[1] == result.shape[1] else None
     for table in _rotary_tables(view, result.shape[1]):
         _, row = table.nearest(result[0])
         if np.square(row - result[0]).sum() <= _RECOGNISED**2 * np.square(row).sum():
             return table
     return None
+
+
+def _learned(view: View, rows_SD: Float64) -> Table | None:
+    """Return a learned table of positions; None where the rows that pass do not count the positions one by one.
+
+    Any embedding is a table (of tokens, of token types); only what both sides agree on says what this one is asked for.
+    """
+    passed = [at for at, status in sorted(view.scene.positions.items()) if status is Status.PASS][:_COUNTED]
+    table = Table((rows_SD,), "learned_position")
+    sides = [view.scene.rows(arm, view.layer, view.tensor) for arm in (view.arm, view.other)]
+    offsets = {table.nearest(rows[at][0])[0] - at for rows in sides for at in passed if at in rows}
+    return replace(table, offset=offsets.pop()) if len(passed) > 1 and len(offsets) == 1 else None
 
 
 def _rotary_tables(view: View, width: int) -> Iterator[Table]:
@@ -77,10 +94,10 @@ def looked_up(view: View) -> Float64 | None:
     if table is None or result is None:
         return None
     at, row = table.nearest(result[0])
-    own = view.scene.position
+    own = view.scene.position + table.offset
     if at == own:
         return row[None]
-    return table.variants_SD[0][own][None] if own < len(table.variants_SD[0]) else None
+    return table.variants_SD[0][own][None] if 0 <= own < len(table.variants_SD[0]) else None
 
 
 def guesses(view: View) -> Guesses:
@@ -96,4 +113,5 @@ def guesses(view: View) -> Guesses:
     if offset == extra:
         yield Guess("keys_extra", {"count": extra}, row[None])
     else:
-        yield Guess(table.cause, {"used": used, "expected": expected, "offset": offset}, row[None])
+        positions = {"used": used - table.offset, "expected": expected - table.offset, "offset": offset}
+        yield Guess(table.cause, positions, row[None])
