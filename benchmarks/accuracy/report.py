@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.accuracy import models, score
+from benchmarks.accuracy import models, score, store
 from benchmarks.accuracy.cases import BENIGN, CLEAN, FAULT
 from benchmarks.accuracy.outcome import CANNOT_ACT, ERROR, OK, Answer
 from benchmarks.accuracy.rules import RULES
@@ -268,16 +268,7 @@ def as_json(scored: Sequence[Scored], versions: str, missing: int) -> bytes:
         "misses": [{"kind": kind, "case": item.case.id} for kind, item, _ in score.misses(scored)],
         "cases": [{"held_out": item.case.held_out, **msgspec.to_builtins(item.outcome)} for item in scored],
     }  # fmt: skip
-    return msgspec.json.format(msgspec.json.encode(_finite(msgspec.to_builtins(body))), indent=0)
-
-
-def _finite(value: object) -> object:
-    """Return the value with infinities as words: JSON has none."""
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
-        return "inf" if value > 0 else "-inf"
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return msgspec.json.format(store.as_json(body), indent=0)
 
 
 def write(scored: Sequence[Scored], versions: str, missing: int, folder: Path) -> None:
