@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,14 +23,13 @@ from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import cases, models, report, run, score, store, truth
 from benchmarks.accuracy.benign import BENIGN, Benign, _to_fp8
 from benchmarks.accuracy.cases import Case
-from benchmarks.accuracy.measure import measure, plan_of, varied
+from benchmarks.accuracy.measure import measure, plan_of
 from benchmarks.accuracy.outcome import CANNOT_ACT, OK, Answer, Outcome, RuleAnswer, Wanted
 from benchmarks.accuracy.path_faults import PATH_FAULTS
 from benchmarks.accuracy.paths import ARCHITECTURES, PAIRS
 from benchmarks.accuracy.rules import RULES, Tapped, ask
 from benchmarks.accuracy.score import BLACK_BOX, LADDER, Scored
 from driftprobe.capture import choose_tokens
-from driftprobe.errors import UsageError
 
 BY_NAME = {rule.name: rule for rule in RULES}
 CASE = Case("fault", "attn_scale", "llama", "float32", "eager", 17, 1, 0, 1.01)
@@ -386,14 +387,33 @@ def test_a_variation_does_vary_and_leaves_the_engine_as_it_was(name: str) -> Non
     assert engine.facts.casts == {}
 
 
-def test_a_variation_that_changes_not_one_bit_is_refused_and_counted_as_such() -> None:
-    engine = models.engine("llama", "bfloat16", "eager", 0)
-    nothing = Benign("nothing", "changes nothing", lambda _engine: nullcontext())
-    with pytest.raises(UsageError, match="not one bit"), varied(nothing, engine, 9):
-        pass
-    for name in ("cache_fp8", "chunks_7"):  # what the second's plan does, a sample does not
-        with varied(BENIGN[name], engine, 9):
-            pass
+def test_a_variation_that_changes_not_one_bit_is_refused_and_counted_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BENIGN, "nothing", Benign("nothing", "changes nothing", lambda _engine: nullcontext()))
+    for name in ("nothing", "chunks_16"):  # nine tokens are one chunk of sixteen
+        found = measure(Case("benign", name, "llama", "bfloat16", "eager", 9, 1, 0))
+        assert found.status == CANNOT_ACT and "not one bit" in found.detail, name
+    assert measure(Case("benign", "chunks_7", "llama", "bfloat16", "eager", 9, 1, 0)).status == OK
+
+
+def test_a_variation_counts_wherever_it_changes_what_the_run_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one step, say, and for one token: what a look at other tokens would not show."""
+    case = Case("benign", "one_step", "llama", "float32", "eager", 9, 2, 0)
+    engine = models.engine(*case.model)
+    chosen = choose_tokens(plan_of(case, engine), engine)[case.length + 1]
+
+    @contextmanager
+    def keep(engine: Any) -> Iterator[None]:
+        def nudge(_model: Any, _args: Any, call: dict[str, Any], found: Any) -> None:
+            if call["input_ids"].tolist() == [[chosen]]:
+                found.logits *= 1 + 2.0**-22
+
+        hook = engine.model.register_forward_hook(nudge, with_kwargs=True)
+        yield
+        hook.remove()
+
+    monkeypatch.setitem(BENIGN, "one_step", Benign("one_step", "changes one step", keep))
+    found = measure(case)
+    assert found.status == OK, found.detail
 
 
 def test_the_fp8_cache_has_scales_that_keep_rows_of_any_size() -> None:

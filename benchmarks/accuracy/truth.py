@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from driftprobe.compare import PayloadSource, exact_drift
-from driftprobe.fingerprint import UNIT_ROUNDOFF, Array
+from driftprobe.fingerprint import UNIT_ROUNDOFF, Array, canonical_bytes
 from driftprobe.plan import Plan
 from driftprobe.trace import EngineFacts, Record, Trace
 
@@ -56,6 +56,15 @@ def changes(clean: Taps, faulty: Taps) -> dict[Place, float]:
         value = exact_drift(before, array).value if before.shape == array.shape else math.inf
         found[place] = math.inf if value is None else value
     return found
+
+
+def same(clean: Taps, run: Taps) -> bool:
+    """Whether every tensor of a run is the clean one's, bit for bit (a NaN is itself)."""
+    return all(place in clean and _same_bits(clean[place], array) for place, array in run.items())
+
+
+def _same_bits(left: Array, right: Array) -> bool:
+    return (left.dtype, left.shape) == (right.dtype, right.shape) and canonical_bytes(left) == canonical_bytes(right)
 
 
 def at(found: Mapping[Place, float], layer: int | None, tensor: str | None) -> float:
