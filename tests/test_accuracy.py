@@ -441,3 +441,28 @@ def test_the_clean_model_is_the_measure_of_a_fault() -> None:
     assert strong.floors is not None
     assert weak.floors is not None
     assert strong.floors > 30 * weak.floors > 30
+
+
+@pytest.mark.parametrize(
+    ("name", "strength", "floors"), [("length_dependent", 1e-1, 1e3), ("prefill_sees_next", None, math.inf)]
+)
+def test_a_fault_that_only_a_longer_prefill_has_counts(name: str, strength: float | None, floors: float) -> None:
+    """P of 12 tokens and decode are as they were; a prefill of 43 is not, or sees a token that P has not."""
+    case = Case("fault", name, "llama", "float32", "eager", 11, 1, 0, strength)
+    found = measure(case)
+    assert Scored(case, found).visible, found.change
+    assert found.floors is not None and found.floors >= floors
+    assert found.ladder is not None and found.ladder.detected
+
+
+def test_a_longer_prefill_adds_nothing_to_a_fault_that_every_prefill_has() -> None:
+    changed = {("P", 0, 1, "x"): 0.1, ("D", 0, 1, "x"): 0.0, ("E7", 0, 1, "x"): 0.3, ("P", 1, 1, "x"): 0.0,
+               ("E7", 1, 1, "x"): 0.2}  # fmt: skip
+    compared, longer = truth.apart(changed)
+    assert (truth.at(compared, 1, "x"), truth.at(longer, 1, "x")) == (0.1, 0.2)
+
+
+def test_the_bound_of_a_longer_prefill_does_not_lean_on_it() -> None:
+    """A fault under the limit raises the floor of P and D to its own size: in that floor it would be one at most."""
+    found = measure(cases.find("fault:length_dependent@0.01/qwen3/float16/sdpa/n13/k1/s0"))
+    assert found.floors is not None and found.floors > 2.0

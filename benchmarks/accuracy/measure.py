@@ -225,13 +225,18 @@ def _only(judgement: Judgement) -> TraceJudgement:
 def _strength(
     clean: Sequence[truth.Taps], seen: Seen, wanted: Wanted, base: truth.Taps, rung: truth.Taps
 ) -> tuple[float | None, float]:
-    """Return how many floors a fault is at its first tap, and the largest change it makes at the highest precision."""
-    changed = truth.changes(clean[0], base)
-    highest = truth.changes(clean[1], rung) if rung else changed
+    """Return how many floors a fault is at its first tap, and the largest change it makes at the highest precision.
+
+    A fault that only a longer prefill has is measured by that, in the floors that such a control is held to.
+    """
+    compared, longer = truth.apart(truth.changes(clean[0], base))
+    first = (wanted.layer, wanted.tensor)
     judged = _only(seen.black_box)
-    floor = next((c.floor.value for c in judged.cells if (c.layer, c.tensor) == (wanted.layer, wanted.tensor)), None)
-    floors = truth.at(changed, wanted.layer, wanted.tensor) / floor if floor else None
-    return floors, max(highest.values(), default=0.0)
+    floor = next((c.floor.value for c in judged.cells if (c.layer, c.tensor) == first), None)
+    bound = truth.bound(seen.traces[0], seen.payloads, *first) if truth.at(longer, *first) else None
+    floors = [truth.at(found, *first) / of for found, of in ((compared, floor), (longer, bound)) if of]
+    changed = truth.apart(truth.changes(clean[1], rung)) if rung else (compared, longer)
+    return max(floors, default=None), max((value for found in changed for value in found.values()), default=0.0)
 
 
 def _clean(case: Case, plan: Plan, seen: Seen) -> list[truth.Taps]:

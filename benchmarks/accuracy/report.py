@@ -124,7 +124,8 @@ def _rules(scored: Sequence[Scored]) -> list[str]:
     return [
         "Faults that change some tap by more than 100 × the roundoff of the highest precision measured. Rates with "
         "their Wilson 95 % intervals. A rule sees every tap's pair of prefill and decode in order of execution, or the "
-        "logits alone where it is a rule of logits.",
+        "logits alone where it is a rule of logits. A fault that only a longer prefill has (`length_dependent` after "
+        "a short prompt) is in neither of the pair: those rules cannot see it, and it counts here all the same.",
         "",
         *_table(_HEAD, [_row(score.row(rule, scored)) for rule in score.asked()]),
         *sources,
