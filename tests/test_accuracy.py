@@ -24,7 +24,7 @@ from benchmarks.accuracy import cases, models, report, run, score, store, truth
 from benchmarks.accuracy.benign import BENIGN, Benign, _to_fp8
 from benchmarks.accuracy.cases import Case
 from benchmarks.accuracy.measure import measure, plan_of
-from benchmarks.accuracy.outcome import CANNOT_ACT, OK, Answer, Outcome, RuleAnswer, Wanted
+from benchmarks.accuracy.outcome import CANNOT_ACT, ERROR, OK, Answer, Outcome, RuleAnswer, Wanted
 from benchmarks.accuracy.path_faults import PATH_FAULTS
 from benchmarks.accuracy.paths import ARCHITECTURES, PAIRS
 from benchmarks.accuracy.rules import RULES, Tapped, ask
@@ -233,6 +233,36 @@ def test_what_is_not_as_it_must_be_is_a_miss() -> None:
     assert [kind for kind, _, _ in score.misses(scored)] == [f"false alarm ({BLACK_BOX})"]
     assert score.targets(scored)[0].reached.hits == 1
     assert harmless.id in report.markdown(scored, "", 0)
+
+
+def test_an_error_is_a_missed_fault_or_an_alarm() -> None:
+    coarse = replace(CASE, dtype="bfloat16")
+    harmless = Case("benign", "threads", "llama", "float32", "eager", 17, 1, 0)
+    token = replace(CASE, name="wrong_token", strength=None)  # its answer is N/A: in no line of the bar
+    failed = [Scored(case, Outcome(case.id, ERROR, "broke")) for case in (coarse, harmless, token)]
+    alarms, *lines = score.targets(failed)
+    assert (alarms.reached.hits, alarms.reached.of) == (1, 1)
+    assert [(line.reached.hits, line.reached.of) for line in lines] == [(0, 1)] * 5
+    for rule in (LADDER, BLACK_BOX):
+        found = score.row(rule, failed)
+        assert (found.detection.hits, found.detection.of, found.false_alarms.hits) == (0, 1, 1)
+    assert score.row("hash equality", failed).detection.of == 0
+    assert [ours.false_alarms.hits for _, _, ours, _ in score.beaten(failed)] == [1] * len(RULES)
+    page = report.markdown(failed, "", 0)
+    assert "no entry for" not in page and page.count("| error |") == 3
+
+
+def test_the_page_says_how_often_there_is_no_answer() -> None:
+    harmless = Case("benign", "threads", "llama", "float32", "eager", 17, 1, 0)
+    said = [Outcome(harmless.id, OK, wanted=Wanted("no MISMATCH"), black_box=Answer(word), ladder=Answer("NO_DRIFT"))
+            for word in ("N/A", "NO_DRIFT")]  # fmt: skip
+    scored = [*(Scored(harmless, one) for one in said), Scored(CASE, outcome(CASE, black_box=Answer("N/A")))]
+    off = score.unanswered(scored, BLACK_BOX)
+    assert (off.hits, off.of, score.unanswered(scored, LADDER).hits) == (1, 2, 0)
+    (line,) = [line for line in report.markdown(scored, "", 0).splitlines() if line.startswith("N/A, clean and benign")]
+    assert "0.00% (0/2;" in line and "50.00% (1/2;" in line
+    assert score.row(BLACK_BOX, scored).detection.hits == 0
+    assert b'"not_available"' in report.as_json(scored, "", 0)
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,19 @@ def _bar(scored: Sequence[Scored]) -> list[str]:
                 f"met: {better}" if better else "**missed**",
             ]
         )
-    return [*_table(["", "target", "reached", ""], rows), *_without_entry(scored)]
+    return [*_table(["", "target", "reached", ""], rows), *_unanswered(scored), *_without_entry(scored)]
+
+
+def _unanswered(scored: Sequence[Scored]) -> list[str]:
+    """Return how often there was no answer, and how that and an error count."""
+    on, off = (_rate(score.unanswered(scored, setting)) for setting in (LADDER, BLACK_BOX))
+    return [
+        f"N/A, clean and benign runs: {on} with the ladder, {off} without. That is no alarm; of a fault it is a miss.",
+        "",
+        "A run that ends in an error is a miss in every line where its fault could stand, and an alarm where it has "
+        "none.",
+        "",
+    ]
 
 
 def _without_entry(scored: Sequence[Scored]) -> list[str]:
@@ -264,6 +276,7 @@ def as_json(scored: Sequence[Scored], versions: str, missing: int) -> bytes:
              "high": t.reached.high, "met": t.met}
             for t in score.targets(scored)
         ],
+        "not_available": {setting: score.unanswered(scored, setting) for setting in (LADDER, BLACK_BOX)},
         "rules": {rule: score.row(rule, scored) for rule in score.asked()},
         "misses_ladder_off": [item.case.id for item, _ in score.faint_misses(scored)],
         "misses": [{"kind": kind, "case": item.case.id} for kind, item, _ in score.misses(scored)],
