@@ -454,6 +454,21 @@ def test_the_fp8_cache_has_scales_that_keep_rows_of_any_size() -> None:
         torch.testing.assert_close(kept_rows.abs().amax(-1), (rows * size).abs().amax(-1))
 
 
+def test_the_fp8_cache_without_a_scale_is_measured_too() -> None:
+    """A row far from one shows it: e4m3 has no number under 2⁻⁹, and a scale would have kept it."""
+    engine = models.engine("llama", "float32", "eager", 0)
+    rows = torch.full((1, 2, 1, 16), 2.0**-12)
+    kept_rows = {}
+    for name in ("cache_fp8", "cache_fp8_unscaled"):
+        with BENIGN[name].keep(engine):
+            assert engine.facts.casts == {"k_cache": "float8_e4m3fn"}
+            cache = engine.make_cache()
+            cache.update(rows, rows, 0)
+            kept_rows[name] = cache.update(rows, rows, 0)[0]
+    assert float(kept_rows["cache_fp8"].max()) == pytest.approx(2.0**-12, rel=2.0**-4)
+    assert float(kept_rows["cache_fp8_unscaled"].max()) == 0.0
+
+
 def test_chunks_feed_the_whole_prompt_and_leave_what_is_read_alone() -> None:
     case = Case("benign", "chunks_7", "llama", "float32", "eager", 17, 2, 0)
     plan = plan_of(case, models.engine(*case.model))

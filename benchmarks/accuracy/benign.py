@@ -401,6 +401,8 @@ _VARIATIONS = (
            _coarse_cache("cache_bfloat16", "bfloat16", _to(torch.bfloat16))),
     Benign("cache_fp8", "the cache keeps float8 e4m3 with a scale for each row and head, declared",
            _coarse_cache("cache_fp8", "float8_e4m3fn", _to_fp8)),
+    Benign("cache_fp8_unscaled", "the cache keeps float8 e4m3 without a scale, declared",
+           _coarse_cache("cache_fp8_unscaled", "float8_e4m3fn", _to(torch.float8_e4m3fn))),
     Benign("cache_int8", "the cache keeps int8 with a scale for each row and head, declared",
            _coarse_cache("cache_int8", "int8", _to_int8)),
     Benign("static_cache", "a cache of fixed size", _static_cache),
