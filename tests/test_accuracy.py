@@ -21,8 +21,9 @@ import torch
 
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import cases, models, report, run, score, store, truth
-from benchmarks.accuracy.benign import BENIGN, Benign, _to_fp8
+from benchmarks.accuracy.benign import BENIGN, Benign
 from benchmarks.accuracy.cases import Case
+from benchmarks.accuracy.keepers import to_fp8
 from benchmarks.accuracy.measure import measure, plan_of
 from benchmarks.accuracy.outcome import CANNOT_ACT, ERROR, OK, Answer, Outcome, RuleAnswer, Wanted
 from benchmarks.accuracy.path_faults import PATH_FAULTS
@@ -449,7 +450,7 @@ def test_a_variation_counts_wherever_it_changes_what_the_run_captured(monkeypatc
 def test_the_fp8_cache_has_scales_that_keep_rows_of_any_size() -> None:
     rows = torch.randn(1, 2, 5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for size in (1e-6, 1.0, 1e6):  # without a scale the first are zero, and the last are not a number
-        kept_rows = _to_fp8(rows * size)
+        kept_rows = to_fp8(rows * size)
         assert float((kept_rows / size - rows).norm() / rows.norm()) < 2.0**-4
         torch.testing.assert_close(kept_rows.abs().amax(-1), (rows * size).abs().amax(-1))
 

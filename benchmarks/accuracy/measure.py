@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import models, path_measure, truth
-from benchmarks.accuracy.benign import BENIGN, cannot_vary
+from benchmarks.accuracy.benign import BENIGN
 from benchmarks.accuracy.cases import BENIGN as BENIGN_KIND
 from benchmarks.accuracy.cases import CLEAN, FAULT, Case
+from benchmarks.accuracy.keepers import cannot_vary
 from benchmarks.accuracy.outcome import CANNOT_ACT, ERROR, OK, Answer, Outcome, RuleAnswer, Wanted
 from benchmarks.accuracy.rules import RULES, Tapped, ask
 from driftprobe.capture import CaptureOptions, capture, choose_tokens
