@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,16 +21,16 @@ import torch
 
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import cases, models, report, run, score, store, truth
-from benchmarks.accuracy.benign import BENIGN, Benign, _to_fp8
+from benchmarks.accuracy.benign import BENIGN, Benign
 from benchmarks.accuracy.cases import Case
-from benchmarks.accuracy.measure import measure, plan_of, varied
-from benchmarks.accuracy.outcome import CANNOT_ACT, OK, Answer, Outcome, RuleAnswer, Wanted
+from benchmarks.accuracy.keepers import to_fp8
+from benchmarks.accuracy.measure import measure, plan_of
+from benchmarks.accuracy.outcome import CANNOT_ACT, ERROR, OK, Answer, Outcome, RuleAnswer, Wanted
 from benchmarks.accuracy.path_faults import PATH_FAULTS
 from benchmarks.accuracy.paths import ARCHITECTURES, PAIRS
 from benchmarks.accuracy.rules import RULES, Tapped, ask
 from benchmarks.accuracy.score import BLACK_BOX, LADDER, Scored
 from driftprobe.capture import choose_tokens
-from driftprobe.errors import UsageError
 
 BY_NAME = {rule.name: rule for rule in RULES}
 CASE = Case("fault", "attn_scale", "llama", "float32", "eager", 17, 1, 0, 1.01)
@@ -207,8 +209,9 @@ def test_a_fault_that_no_entry_of_the_dictionary_is_is_a_miss_like_any_other() -
 def outcome(case: Case, **said: object) -> Outcome:
     wanted = Wanted("MISMATCH", 0, "attn_scores", "computation", "score_scale", {"factor": 1.01}, "scores")
     ours = Answer("MISMATCH", "", 0, "attn_scores", "computation", "score_scale", {"factor": 1.0099}, True, True, True)
-    return Outcome(case.id, OK, "", 0.1, wanted, ours, None, {"hash equality": RuleAnswer(True, 0, "embed")},
-                   **{"floors": 20.0, "change": 1e-2, "roundoff": 6e-8, **said})  # type: ignore[arg-type]  # fmt: skip
+    found = Outcome(case.id, OK, "", 0.1, wanted, ours, None, {"hash equality": RuleAnswer(True, 0, "embed")},
+                    20.0, 1e-2, 6e-8)  # fmt: skip
+    return replace(found, **said)  # type: ignore[arg-type]
 
 
 def test_rates_count_visible_faults_and_first_taps() -> None:
@@ -231,6 +234,36 @@ def test_what_is_not_as_it_must_be_is_a_miss() -> None:
     assert [kind for kind, _, _ in score.misses(scored)] == [f"false alarm ({BLACK_BOX})"]
     assert score.targets(scored)[0].reached.hits == 1
     assert harmless.id in report.markdown(scored, "", 0)
+
+
+def test_an_error_is_a_missed_fault_or_an_alarm() -> None:
+    coarse = replace(CASE, dtype="bfloat16")
+    harmless = Case("benign", "threads", "llama", "float32", "eager", 17, 1, 0)
+    token = replace(CASE, name="wrong_token", strength=None)  # its answer is N/A: in no line of the bar
+    failed = [Scored(case, Outcome(case.id, ERROR, "broke")) for case in (coarse, harmless, token)]
+    alarms, *lines = score.targets(failed)
+    assert (alarms.reached.hits, alarms.reached.of) == (1, 1)
+    assert [(line.reached.hits, line.reached.of) for line in lines] == [(0, 1)] * 5
+    for rule in (LADDER, BLACK_BOX):
+        found = score.row(rule, failed)
+        assert (found.detection.hits, found.detection.of, found.false_alarms.hits) == (0, 1, 1)
+    assert score.row("hash equality", failed).detection.of == 0
+    assert [ours.false_alarms.hits for _, _, ours, _ in score.beaten(failed)] == [1] * len(RULES)
+    page = report.markdown(failed, "", 0)
+    assert "no entry for" not in page and page.count("| error |") == 3
+
+
+def test_the_page_says_how_often_there_is_no_answer() -> None:
+    harmless = Case("benign", "threads", "llama", "float32", "eager", 17, 1, 0)
+    said = [Outcome(harmless.id, OK, wanted=Wanted("no MISMATCH"), black_box=Answer(word), ladder=Answer("NO_DRIFT"))
+            for word in ("N/A", "NO_DRIFT")]  # fmt: skip
+    scored = [*(Scored(harmless, one) for one in said), Scored(CASE, outcome(CASE, black_box=Answer("N/A")))]
+    off = score.unanswered(scored, BLACK_BOX)
+    assert (off.hits, off.of, score.unanswered(scored, LADDER).hits) == (1, 2, 0)
+    (line,) = [line for line in report.markdown(scored, "", 0).splitlines() if line.startswith("N/A, clean and benign")]
+    assert "0.00% (0/2;" in line and "50.00% (1/2;" in line
+    assert score.row(BLACK_BOX, scored).detection.hits == 0
+    assert b'"not_available"' in report.as_json(scored, "", 0)
 
 
 @pytest.mark.parametrize(
@@ -320,6 +353,19 @@ def test_an_infinite_change_is_written_as_a_word() -> None:
     assert b'"change": "inf"' in body
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_an_outcome_with_a_number_that_is_not_finite_is_read_as_it_was_written(tmp_path: Path, value: float) -> None:
+    """JSON has no such numbers; a null would take the strongest faults out of every line of the bar."""
+    path = tmp_path / "results.jsonl"
+    answer = Answer("MISMATCH", parameters={"factor": value, "keys": [1, value]}, detected=True)
+    written = outcome(CASE, change=value, floors=value, black_box=answer)
+    list(store.append(path, "here", [written]))
+    assert b"null" not in path.read_bytes().partition(b'"floors"')[2]
+    back = store.read(path, "here")[CASE.id]
+    assert repr(back) == repr(written)  # a NaN is not equal to itself
+    assert Scored(CASE, back).visible is Scored(CASE, written).visible is (value == math.inf)
+
+
 def test_the_quick_choice_runs_without_an_error_a_false_alarm_or_a_missed_fault(tmp_path: Path) -> None:
     """One test: a second one would measure all of it again in the other worker."""
     chosen = cases.quick()
@@ -372,22 +418,56 @@ def test_a_variation_does_vary_and_leaves_the_engine_as_it_was(name: str) -> Non
     assert engine.facts.casts == {}
 
 
-def test_a_variation_that_changes_not_one_bit_is_refused_and_counted_as_such() -> None:
-    engine = models.engine("llama", "bfloat16", "eager", 0)
-    nothing = Benign("nothing", "changes nothing", lambda _engine: nullcontext())
-    with pytest.raises(UsageError, match="not one bit"), varied(nothing, engine, 9):
-        pass
-    for name in ("cache_fp8", "chunks_7"):  # what the second's plan does, a sample does not
-        with varied(BENIGN[name], engine, 9):
-            pass
+def test_a_variation_that_changes_not_one_bit_is_refused_and_counted_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BENIGN, "nothing", Benign("nothing", "changes nothing", lambda _engine: nullcontext()))
+    for name in ("nothing", "chunks_16"):  # nine tokens are one chunk of sixteen
+        found = measure(Case("benign", name, "llama", "bfloat16", "eager", 9, 1, 0))
+        assert found.status == CANNOT_ACT and "not one bit" in found.detail, name
+    assert measure(Case("benign", "chunks_7", "llama", "bfloat16", "eager", 9, 1, 0)).status == OK
+
+
+def test_a_variation_counts_wherever_it_changes_what_the_run_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one step, say, and for one token: what a look at other tokens would not show."""
+    case = Case("benign", "one_step", "llama", "float32", "eager", 9, 2, 0)
+    engine = models.engine(*case.model)
+    chosen = choose_tokens(plan_of(case, engine), engine)[case.length + 1]
+
+    @contextmanager
+    def keep(engine: Any) -> Iterator[None]:
+        def nudge(_model: Any, _args: Any, call: dict[str, Any], found: Any) -> None:
+            if call["input_ids"].tolist() == [[chosen]]:
+                found.logits *= 1 + 2.0**-22
+
+        hook = engine.model.register_forward_hook(nudge, with_kwargs=True)
+        yield
+        hook.remove()
+
+    monkeypatch.setitem(BENIGN, "one_step", Benign("one_step", "changes one step", keep))
+    found = measure(case)
+    assert found.status == OK, found.detail
 
 
 def test_the_fp8_cache_has_scales_that_keep_rows_of_any_size() -> None:
     rows = torch.randn(1, 2, 5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for size in (1e-6, 1.0, 1e6):  # without a scale the first are zero, and the last are not a number
-        kept_rows = _to_fp8(rows * size)
+        kept_rows = to_fp8(rows * size)
         assert float((kept_rows / size - rows).norm() / rows.norm()) < 2.0**-4
         torch.testing.assert_close(kept_rows.abs().amax(-1), (rows * size).abs().amax(-1))
+
+
+def test_the_fp8_cache_without_a_scale_is_measured_too() -> None:
+    """A row far from one shows it: e4m3 has no number under 2⁻⁹, and a scale would have kept it."""
+    engine = models.engine("llama", "float32", "eager", 0)
+    rows = torch.full((1, 2, 1, 16), 2.0**-12)
+    kept_rows = {}
+    for name in ("cache_fp8", "cache_fp8_unscaled"):
+        with BENIGN[name].keep(engine):
+            assert engine.facts.casts == {"k_cache": "float8_e4m3fn"}
+            cache = engine.make_cache()
+            cache.update(rows, rows, 0)
+            kept_rows[name] = cache.update(rows, rows, 0)[0]
+    assert float(kept_rows["cache_fp8"].max()) == pytest.approx(2.0**-12, rel=2.0**-4)
+    assert float(kept_rows["cache_fp8_unscaled"].max()) == 0.0
 
 
 def test_chunks_feed_the_whole_prompt_and_leave_what_is_read_alone() -> None:
@@ -407,3 +487,28 @@ def test_the_clean_model_is_the_measure_of_a_fault() -> None:
     assert strong.floors is not None
     assert weak.floors is not None
     assert strong.floors > 30 * weak.floors > 30
+
+
+@pytest.mark.parametrize(
+    ("name", "strength", "floors"), [("length_dependent", 1e-1, 1e3), ("prefill_sees_next", None, math.inf)]
+)
+def test_a_fault_that_only_a_longer_prefill_has_counts(name: str, strength: float | None, floors: float) -> None:
+    """P of 12 tokens and decode are as they were; a prefill of 43 is not, or sees a token that P has not."""
+    case = Case("fault", name, "llama", "float32", "eager", 11, 1, 0, strength)
+    found = measure(case)
+    assert Scored(case, found).visible, found.change
+    assert found.floors is not None and found.floors >= floors
+    assert found.ladder is not None and found.ladder.detected
+
+
+def test_a_longer_prefill_adds_nothing_to_a_fault_that_every_prefill_has() -> None:
+    changed = {("P", 0, 1, "x"): 0.1, ("D", 0, 1, "x"): 0.0, ("E7", 0, 1, "x"): 0.3, ("P", 1, 1, "x"): 0.0,
+               ("E7", 1, 1, "x"): 0.2}  # fmt: skip
+    compared, longer = truth.apart(changed)
+    assert (truth.at(compared, 1, "x"), truth.at(longer, 1, "x")) == (0.1, 0.2)
+
+
+def test_the_bound_of_a_longer_prefill_does_not_lean_on_it() -> None:
+    """A fault under the limit raises the floor of P and D to its own size: in that floor it would be one at most."""
+    found = measure(cases.find("fault:length_dependent@0.01/qwen3/float16/sdpa/n13/k1/s0"))
+    assert found.floors is not None and found.floors > 2.0

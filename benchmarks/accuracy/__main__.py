@@ -109,7 +109,7 @@ def _replay(case_id: str) -> None:
 
     run._start()
     outcome = measure(cases.find(case_id))
-    click.echo(msgspec.json.format(msgspec.json.encode(outcome), indent=2).decode())
+    click.echo(msgspec.json.format(store.as_json(outcome), indent=2).decode())
 
 
 if __name__ == "__main__":

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import models, path_measure, truth
-from benchmarks.accuracy.benign import BENIGN, Benign, as_it_is, cannot_vary
+from benchmarks.accuracy.benign import BENIGN
 from benchmarks.accuracy.cases import BENIGN as BENIGN_KIND
-from benchmarks.accuracy.cases import FAULT, Case
+from benchmarks.accuracy.cases import CLEAN, FAULT, Case
+from benchmarks.accuracy.keepers import cannot_vary
 from benchmarks.accuracy.outcome import CANNOT_ACT, ERROR, OK, Answer, Outcome, RuleAnswer, Wanted
 from benchmarks.accuracy.rules import RULES, Tapped, ask
 from driftprobe.capture import CaptureOptions, capture, choose_tokens
 from driftprobe.causes import agree
 from driftprobe.constants import add_constants
 from driftprobe.diagnose import diagnose
-from driftprobe.engines.hf.fused import same_bits
 from driftprobe.errors import UsageError
 from driftprobe.faults import FAULTS, Expected
 from driftprobe.judgement import Judgement, TraceJudgement
@@ -63,13 +63,21 @@ def measure(case: Case) -> Outcome:
 
 
 def _measured(case: Case, folder: Path) -> Outcome:
+    """Return what a run of the engine comes to.
+
+    Raises UsageError where a variation changes not one bit of what the run captured, at any tap and step, in the
+    model's own dtype or at its rung: it is none on this machine, and a quiet run of it would say nothing.
+    """
     engine = models.engine(*case.model)
     plan = plan_of(case, engine)
     seen = _seen(case, engine, plan, folder)
     wanted = _wanted(case, seen.expected)
     base = truth.captured(seen.traces[0], seen.payloads)
     rung = truth.captured(seen.traces[1], seen.payloads) if len(seen.traces) > 1 else {}
-    strength = _strength(_clean(case, plan, seen), seen, wanted, base, rung) if case.kind == FAULT else None
+    clean = [] if case.kind == CLEAN else _clean(case, plan, seen)
+    if case.kind == BENIGN_KIND and all(map(truth.same, clean, (base, rung))):
+        raise cannot_vary(case.name, "not one bit of the run changes", "a model and machine where it does")
+    strength = _strength(clean, seen, wanted, base, rung) if case.kind == FAULT else None
     return _outcome(case, seen, wanted, strength, list(_tapped(base, rung)))
 
 
@@ -124,37 +132,10 @@ def kept(case: Case, engine: Any) -> Iterator[Expected | None]:
         with engine.plant(case.name, case.strength) as expected:
             yield expected
     elif case.kind == BENIGN_KIND:
-        with varied(BENIGN[case.name], engine, case.length):
+        with BENIGN[case.name].keep(engine):
             yield None
     else:
         yield None
-
-
-@contextmanager
-def varied(variation: Benign, engine: Any, length: int) -> Iterator[None]:
-    """Keep a variation in an engine while the context lasts.
-
-    Raises UsageError where it changes not one bit of a decode step after so many tokens, in the model's own dtype or at
-    its rung: on this machine it is no variation, and a quiet run of it would say nothing. One of the plan's calls is
-    taken at its word.
-    """
-    clean = _sampled(engine, length)
-    with variation.keep(engine):
-        if variation.plan is as_it_is and all(map(same_bits, clean, _sampled(engine, length))):
-            raise cannot_vary(
-                variation.name, "not one bit of cache or logits changes", "a model and machine where it does"
-            )
-        yield
-
-
-def _sampled(engine: Any, length: int) -> list[Any]:
-    """Return logits and cache rows of a decode step, at the rung as well where there is one."""
-    found = list(engine._sample(length + 1))
-    rung = rung_of(engine, "auto")
-    if rung:
-        with engine.at(rung):
-            found += engine._sample(length + 1)
-    return found
 
 
 def _seen(case: Case, engine: Any, plan: Plan, folder: Path) -> Seen:
@@ -245,13 +226,18 @@ def _only(judgement: Judgement) -> TraceJudgement:
 def _strength(
     clean: Sequence[truth.Taps], seen: Seen, wanted: Wanted, base: truth.Taps, rung: truth.Taps
 ) -> tuple[float | None, float]:
-    """Return how many floors a fault is at its first tap, and the largest change it makes at the highest precision."""
-    changed = truth.changes(clean[0], base)
-    highest = truth.changes(clean[1], rung) if rung else changed
+    """Return how many floors a fault is at its first tap, and the largest change it makes at the highest precision.
+
+    A fault that only a longer prefill has is measured by that, in the floors that such a control is held to.
+    """
+    compared, longer = truth.apart(truth.changes(clean[0], base))
+    first = (wanted.layer, wanted.tensor)
     judged = _only(seen.black_box)
-    floor = next((c.floor.value for c in judged.cells if (c.layer, c.tensor) == (wanted.layer, wanted.tensor)), None)
-    floors = truth.at(changed, wanted.layer, wanted.tensor) / floor if floor else None
-    return floors, max(highest.values(), default=0.0)
+    floor = next((c.floor.value for c in judged.cells if (c.layer, c.tensor) == first), None)
+    bound = truth.bound(seen.traces[0], seen.payloads, *first) if truth.at(longer, *first) else None
+    floors = [truth.at(found, *first) / of for found, of in ((compared, floor), (longer, bound)) if of]
+    changed = truth.apart(truth.changes(clean[1], rung)) if rung else (compared, longer)
+    return max(floors, default=None), max((value for found in changed for value in found.values()), default=0.0)
 
 
 def _clean(case: Case, plan: Plan, seen: Seen) -> list[truth.Taps]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.accuracy import models, score
+from benchmarks.accuracy import models, score, store
 from benchmarks.accuracy.cases import BENIGN, CLEAN, FAULT
 from benchmarks.accuracy.outcome import CANNOT_ACT, ERROR, OK, Answer
 from benchmarks.accuracy.rules import RULES
@@ -103,7 +103,19 @@ def _bar(scored: Sequence[Scored]) -> list[str]:
                 f"met: {better}" if better else "**missed**",
             ]
         )
-    return [*_table(["", "target", "reached", ""], rows), *_without_entry(scored)]
+    return [*_table(["", "target", "reached", ""], rows), *_unanswered(scored), *_without_entry(scored)]
+
+
+def _unanswered(scored: Sequence[Scored]) -> list[str]:
+    """Return how often there was no answer, and how that and an error count."""
+    on, off = (_rate(score.unanswered(scored, setting)) for setting in (LADDER, BLACK_BOX))
+    return [
+        f"N/A, clean and benign runs: {on} with the ladder, {off} without. That is no alarm; of a fault it is a miss.",
+        "",
+        "A run that ends in an error is a miss in every line where its fault could stand, and an alarm where it has "
+        "none.",
+        "",
+    ]
 
 
 def _without_entry(scored: Sequence[Scored]) -> list[str]:
@@ -124,7 +136,8 @@ def _rules(scored: Sequence[Scored]) -> list[str]:
     return [
         "Faults that change some tap by more than 100 × the roundoff of the highest precision measured. Rates with "
         "their Wilson 95 % intervals. A rule sees every tap's pair of prefill and decode in order of execution, or the "
-        "logits alone where it is a rule of logits.",
+        "logits alone where it is a rule of logits. A fault that only a longer prefill has (`length_dependent` after "
+        "a short prompt) is in neither of the pair: those rules cannot see it, and it counts here all the same.",
         "",
         *_table(_HEAD, [_row(score.row(rule, scored)) for rule in score.asked()]),
         *sources,
@@ -263,21 +276,13 @@ def as_json(scored: Sequence[Scored], versions: str, missing: int) -> bytes:
              "high": t.reached.high, "met": t.met}
             for t in score.targets(scored)
         ],
+        "not_available": {setting: score.unanswered(scored, setting) for setting in (LADDER, BLACK_BOX)},
         "rules": {rule: score.row(rule, scored) for rule in score.asked()},
         "misses_ladder_off": [item.case.id for item, _ in score.faint_misses(scored)],
         "misses": [{"kind": kind, "case": item.case.id} for kind, item, _ in score.misses(scored)],
         "cases": [{"held_out": item.case.held_out, **msgspec.to_builtins(item.outcome)} for item in scored],
     }  # fmt: skip
-    return msgspec.json.format(msgspec.json.encode(_finite(msgspec.to_builtins(body))), indent=0)
-
-
-def _finite(value: object) -> object:
-    """Return the value with infinities as words: JSON has none."""
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
-        return "inf" if value > 0 else "-inf"
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return msgspec.json.format(store.as_json(body), indent=0)
 
 
 def write(scored: Sequence[Scored], versions: str, missing: int, folder: Path) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.accuracy.cases import FAULT, Case
-from benchmarks.accuracy.outcome import OK, Answer, Outcome
+from benchmarks.accuracy.outcome import CANNOT_ACT, ERROR, OK, Answer, Outcome
 from benchmarks.accuracy.rules import RULES
+from driftprobe.faults import FAULTS
 
 BLACK_BOX, LADDER = "driftprobe, ladder off", "driftprobe"
 VISIBLE = 100.0
@@ -55,21 +56,33 @@ class Scored:
 
     @property
     def is_fault(self) -> bool:
-        """Whether a fault was planted that a verdict of MISMATCH must follow."""
+        """Whether the case has a fault that a verdict of MISMATCH must follow; an error leaves it what it is."""
         wanted = self.outcome.wanted
+        if self.failed:
+            return self.case.kind == FAULT and (bool(self.case.path) or FAULTS[self.case.name].verdict == "MISMATCH")
         return self.case.kind == FAULT and wanted is not None and wanted.verdict == "MISMATCH"
 
     @property
+    def failed(self) -> bool:
+        """Whether the run ended in an error: of a fault that is a miss, of any other run an alarm."""
+        return self.outcome.status == ERROR
+
+    @property
     def visible(self) -> bool:
-        """Whether the fault changes some tap by more than VISIBLE times the roundoff of the highest precision."""
+        """Whether the fault changes some tap by more than VISIBLE times the roundoff of the highest precision.
+
+        One that ended in an error is taken for such a one: nothing says that it is not.
+        """
         change, unit = self.outcome.change, self.outcome.roundoff
+        if self.failed:
+            return self.is_fault
         return self.is_fault and change is not None and unit is not None and change > VISIBLE * unit
 
     @property
     def has_cause(self) -> bool:
         """Whether the fault declares a cause. One that no entry of the dictionary is declares none, and is a miss."""
         wanted = self.outcome.wanted
-        return wanted is not None and bool(wanted.cause)
+        return self.failed or (wanted is not None and bool(wanted.cause))
 
     @property
     def family(self) -> str:
@@ -92,6 +105,8 @@ class Scored:
     def answer(self, rule: str) -> Answer | None:
         """Return what driftprobe said, with the ladder or without; the other rules in the same form."""
         outcome = self.outcome
+        if self.failed:  # no tensor was compared: an error is ours, not the other rules'
+            return Answer(ERROR, detected=self.case.kind != FAULT) if rule in (LADDER, BLACK_BOX) else None
         if rule == BLACK_BOX:
             return outcome.black_box
         if rule == LADDER:
@@ -126,7 +141,7 @@ def row(rule: str, scored: Iterable[Scored], counts: Callable[[Scored], bool] = 
     faults, benign = [], []
     for item in scored:
         answer = item.answer(rule)
-        if item.outcome.status != OK or answer is None:
+        if item.outcome.status == CANNOT_ACT or answer is None:
             continue
         if item.case.kind != FAULT:
             benign.append(answer)
@@ -166,14 +181,14 @@ def best(item: Scored) -> str:
 
 
 def targets(scored: Sequence[Scored]) -> list[Target]:
-    """Return every line of the bar."""
-    ok = [item for item in scored if item.outcome.status == OK]
-    harmless = [item for item in ok if item.case.kind != FAULT]
+    """Return every line of the bar. A fault of unknown strength, as its run failed, is in each that it could be in."""
+    ran = [item for item in scored if item.outcome.status != CANNOT_ACT]
+    harmless = [item for item in ran if item.case.kind != FAULT]
     alarms = [s for s in harmless if any(a is not None and a.detected for a in (s.answer(LADDER), s.answer(BLACK_BOX)))]
-    seen = [item for item in ok if item.visible]
-    coarse = [item for item in ok if item.is_fault and item.case.dtype != "float32" and item.outcome.floors is not None]
-    loud = [item for item in coarse if (item.outcome.floors or 0.0) >= 1.0]
-    faint = [item for item in coarse if FAINT <= (item.outcome.floors or 0.0) < 1.0]
+    seen = [item for item in ran if item.visible]
+    coarse = [item for item in ran if item.is_fault and item.case.dtype != "float32"]
+    loud = [item for item in coarse if item.failed or (item.outcome.floors or 0.0) >= 1.0]
+    faint = [item for item in coarse if item.failed or FAINT <= (item.outcome.floors or 0.0) < 1.0]
     alarm = rate(len(alarms), len(harmless))
     return [
         Target("false alarms, clean and benign runs, with and without the ladder", "0 of at least 2,000", alarm,
@@ -187,6 +202,13 @@ def targets(scored: Sequence[Scored]) -> list[Target]:
         _share("bfloat16 and float16, ladder off: faults of 0.1 × to 1 × the floor", 0.70, faint, lambda _: BLACK_BOX,
                lambda a: a.detected),
     ]  # fmt: skip
+
+
+def unanswered(scored: Iterable[Scored], setting: str) -> Rate:
+    """Return how many clean and benign runs end in N/A: no alarm, and no answer either."""
+    said = [item.answer(setting) for item in scored if item.outcome.status == OK and item.case.kind != FAULT]
+    given = [answer.verdict == "N/A" for answer in said if answer is not None]
+    return rate(sum(given), len(given))
 
 
 def _share(
@@ -203,13 +225,16 @@ MORE, FEWER = "more detected at no more alarms", "as many detected at fewer alar
 
 
 def beaten(scored: Sequence[Scored]) -> list[tuple[str, Row, Row, str]]:
-    """Return for each other rule its row, driftprobe's on the same cases, and how it is better: MORE, FEWER or not."""
-    found = []
+    """Return for each other rule its row, driftprobe's on the same cases, and how it is better: MORE, FEWER or not.
+
+    Cases that ended in an error count against driftprobe alone.
+    """
+    found, failed = [], [s for s in scored if s.failed]
     for rule in RULES:
         asked_too = [s for s in scored if s.outcome.status == OK and s.answer(rule.name) is not None]
         setting = LADDER if any(s.outcome.ladder is not None for s in asked_too) else BLACK_BOX
         same = [s for s in asked_too if s.answer(setting) is not None]
-        theirs, ours = row(rule.name, same), row(setting, same)
+        theirs, ours = row(rule.name, same), row(setting, [*same, *failed])
         found.append((rule.name, theirs, ours, _better(ours, theirs)))
     return found
 

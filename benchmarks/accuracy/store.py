@@ -6,6 +6,7 @@ Each line names its case and a digest of the sources: what another version of th
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -38,6 +39,29 @@ def digest(root: Path = ROOT) -> str:
     return found.hexdigest()[:16]
 
 
+def words(value: object) -> object:
+    """Return a value of plain data with every number that is not finite as the word for it: JSON has none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    if isinstance(value, dict):
+        return {name: words(item) for name, item in value.items()}
+    return [words(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _numbers(value: object) -> object:
+    """Return what `words` was given; no text of an outcome is one of the three words."""
+    if isinstance(value, str) and value in {"nan", "inf", "-inf"}:
+        return float(value)
+    if isinstance(value, dict):
+        return {name: _numbers(item) for name, item in value.items()}
+    return list(map(_numbers, value)) if isinstance(value, list) else value
+
+
+def as_json(value: object) -> bytes:
+    """Return any of the measurement's data as JSON, numbers that are not finite as words, never as null."""
+    return msgspec.json.encode(words(msgspec.to_builtins(value)))
+
+
 def read(path: Path, sources: str) -> dict[str, Outcome]:
     """Return the outcomes of these sources by case, without a line that was cut off when the program was stopped."""
     if not path.exists():
@@ -45,8 +69,8 @@ def read(path: Path, sources: str) -> dict[str, Outcome]:
     found = {}
     for raw in path.read_bytes().splitlines():
         try:
-            line = msgspec.json.decode(raw, type=Line)
-        except msgspec.DecodeError:
+            line = msgspec.convert(_numbers(msgspec.json.decode(raw)), type=Line)
+        except msgspec.DecodeError:  # a ValidationError is one
             continue
         if line.sources == sources:
             found[line.outcome.case] = line.outcome
@@ -61,5 +85,5 @@ def append(path: Path, sources: str, outcomes: Iterable[Outcome]) -> Iterator[Ou
         if cut:
             file.write(b"\n")  # a line that was cut off stays alone
         for outcome in outcomes:
-            file.write(msgspec.json.encode(Line(sources, outcome)) + b"\n")
+            file.write(as_json(Line(sources, outcome)) + b"\n")
             yield outcome
