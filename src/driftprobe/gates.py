@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from driftprobe.compare import SCORES, Pair, Pairing
 from driftprobe.fingerprint import UNIT_ROUNDOFF
 from driftprobe.floor import UNKNOWN_DTYPE, Controls, Floors, innocent
-from driftprobe.judgement import SAME_TOKEN, Cell, Determinism, Gate, Status
+from driftprobe.judgement import Cell, Determinism, Gate, Status
 from driftprobe.taps import BY_NAME, CACHE_TAPS, PATHS, STATE_TAPS, execution_order, place
 from driftprobe.trace import FAILED, OTHER_TOKEN, Event, Record, Trace
 
