@@ -18,6 +18,7 @@ from driftprobe.floor import (
     NEIGHBOURS,
     SUM_BOUND,
     UNKNOWN_DTYPE,
+    UNRELATED,
     Floors,
     innocent,
     is_control,
@@ -165,6 +166,13 @@ def test_noise_raises_the_bound_as_well_as_the_floor():
     floors = floors_of(one_tap("N1", 0, "q_proj", 1e-3), arms=NOISE)
     assert floors.by_place[(0, "q_proj")].value == pytest.approx(1e-3, rel=0.3)
     assert floors.bounds[(0, "q_proj")].source == "arm N1"
+
+
+@pytest.mark.parametrize(("noise", "value"), [(0.2, 0.2), (0.3, UNRELATED), (1.0, UNRELATED), (2.0, 2.0)])
+def test_where_rounding_may_change_the_whole_tensor_two_unrelated_ones_are_the_floor(noise, value):
+    floor = floors_of(one_tap("N1", 0, "q_proj", noise), arms=NOISE).by_place[(0, "q_proj")]
+    assert floor.value == (value if value == UNRELATED else pytest.approx(value, rel=0.3))  # a sketch measures it
+    assert ("unrelated" in floor.source) is (value == UNRELATED)
 
 
 def test_a_control_that_rounding_cannot_explain_raises_no_floor_anywhere():

@@ -25,6 +25,12 @@ BOUND_WITHOUT_NOISE = 8.0
 """The same where they have not; grows with √(1 + layer), as independent roundings add up."""
 SUM_BOUND = 32.0
 """Beside it, unit roundoffs of the dtype that sums are kept in: float32, or the model's own where that is finer."""
+UNRELATED = math.sqrt(2.0)
+"""Drift of two tensors of one size that have nothing to do with each other; the floor where LIMIT floors are 1 or more.
+
+Rounding that may change a tensor by its whole size (an fp8 cache without a scale, layers on) leaves nothing to expect
+of it: multiples of a small error's size no longer hold.
+"""
 NEIGHBOURS = 1
 """Layers on either side whose controls count too, so that one lucky zero makes no floor of zero."""
 UNKNOWN_DTYPE = "bfloat16"
@@ -109,14 +115,24 @@ def measure_floors(
     layers = max(header.engine.layers, *(1 + layer for layer, _ in recorded if layer is not None), 0)
     coarsest = _coarsest_by_place(header.engine, recorded, ranks)
     bounds = {where: _roundoff(where, dtype, layers, bool(noise)) for where, dtype in coarsest.items()}
-    bounds = _raise(bounds, noise, coarsest)
+    bounds = _told(_raise(bounds, noise, coarsest))
     alone = Floors(bounds, bounds)
     others = {
         arm: found
         for arm, found in controls.items()
         if arm not in noise and arm not in guilty and all(innocent(pair, alone) for pair in found)
     }
-    return Floors(_raise(bounds, others, coarsest), bounds)
+    return Floors(_told(_raise(bounds, others, coarsest)), bounds)
+
+
+def _told(floors: dict[Place, Floor]) -> dict[Place, Floor]:
+    """Return floors with UNRELATED where rounding may change the whole tensor."""
+    return {
+        where: Floor(UNRELATED, f"unrelated tensors ({floor.source})")
+        if 1.0 <= floor.limit < LIMIT * UNRELATED
+        else floor
+        for where, floor in floors.items()
+    }
 
 
 def is_extension(arm: str) -> bool:
