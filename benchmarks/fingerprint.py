@@ -44,7 +44,7 @@ def main() -> None:
             core, plain, read = (
                 best(lambda: fingerprint(array), size),  # noqa: B023
                 best(lambda: reference_fingerprint(array), size),  # noqa: B023
-                best(lambda: words.max(), size),  # noqa: B023
+                best(words.max, size),
             )
             rates = [array.nbytes / seconds / 1e9 for seconds in (core, plain, read)]
             print(f"| {kind} | {size} | {' | '.join(f'{r:.2f}' for r in rates)} | {plain / core:.1f} | "
