@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,11 +37,11 @@ class CoreHook(BuildHookInterface):  # type: ignore[misc]
 
 def _compile(target: Path) -> str:
     """Compile; returns why that failed, or an empty text."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or os.name == "nt":
-        return "no C compiler `cc`"
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    if shutil.which(compiler[0]) is None or os.name == "nt":
+        return f"no C compiler `{compiler[0]}`"
     flags = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-pthread"]
-    command = [compiler, "-std=c99", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", *flags,
+    command = [*compiler, "-std=c99", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", *flags,
                f"-I{sysconfig.get_paths()['include']}", f"-I{ROOT / 'include'}",
                str(ROOT / "src" / "driftprobe" / "_core.c"), "-o", str(target), "-lm"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -48,4 +49,4 @@ def _compile(target: Path) -> str:
         return ""
     if "xxhash.h" in done.stderr:
         return "xxhash.h is missing (Debian: libxxhash-dev)"
-    return done.stderr.strip().splitlines()[0] if done.stderr.strip() else f"{compiler} failed"
+    return done.stderr.strip().splitlines()[0] if done.stderr.strip() else f"{compiler[0]} failed"

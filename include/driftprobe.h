@@ -135,7 +135,8 @@ dp_status dp_event(dp_trace *trace, const char *event, const char *arm, int64_t 
 dp_status dp_flush(dp_trace *trace);
 /* Write the footer, close the file, free the trace. Without it the trace is incomplete, and its verdict N/A. */
 dp_status dp_close(dp_trace *trace);
-/* What the last error of this trace was, in words; NULL asks for the last dp_open of any thread. Never NULL. */
+/* What the last error of this trace was, in words; NULL asks for this thread's last dp_open or dp_close. Never NULL. The
+ * text is the caller's thread's own, until it asks again. */
 const char *dp_message(const dp_trace *trace);
 /* The fingerprint alone. `sketch`: sketch_size sums, written; sketch_size is 1 to 65536. */
 dp_status dp_fingerprint_of(const dp_tensor *tensor, size_t sketch_size, dp_fingerprint *print, double *sketch);
@@ -149,8 +150,18 @@ dp_status dp_fingerprint_of(const dp_tensor *tensor, size_t sketch_size, dp_fing
 #ifndef DRIFTPROBE_IMPLEMENTED
 #define DRIFTPROBE_IMPLEMENTED
 
-#ifdef __FAST_MATH__
-#error "driftprobe.h must be compiled without -ffast-math: it counts NaN and infinity"
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0) || defined(__ASSOCIATIVE_MATH__)
+#error "driftprobe.h must be compiled without -ffast-math, -ffinite-math-only and -fassociative-math: it counts NaN and \
+infinity, and sums in a fixed order"
+#endif
+#if defined(__GNUC__) && defined(__cplusplus) /* C, compiled as C++: its casts and conversions are meant */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wold-style-cast"
+#pragma GCC diagnostic ignored "-Wconversion"
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+#ifndef __clang__
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" /* of GCC 12's own intrinsics, in C++ alone */
+#endif
 #endif
 #ifndef XXH_INLINE_ALL
 #define XXH_INLINE_ALL
@@ -181,7 +192,15 @@ typedef pthread_mutex_t dp__lock;
 #define DP__LOCK_END(l) pthread_mutex_destroy(l)
 #define DP__LOCK_STATIC PTHREAD_MUTEX_INITIALIZER
 #endif
+#if defined(__cplusplus)
+#define DP__THREAD thread_local
+#elif defined(_MSC_VER)
+#define DP__THREAD __declspec(thread)
+#else
+#define DP__THREAD __thread
+#endif
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(DRIFTPROBE_SCALAR)
+#include <cpuid.h>
 #include <immintrin.h>
 #define DP__X86 1
 #else
@@ -274,6 +293,8 @@ static int dp__big_endian(void) {
 static int64_t dp__elements(const dp_tensor *t) {
     int64_t n = 1;
     int d;
+    for (d = 0; d < t->ndim; d++)
+        if (t->shape[d] == 0) return 0; /* the other axes may be of any length */
     for (d = 0; d < t->ndim; d++) n *= t->shape[d];
     return n;
 }
@@ -286,6 +307,7 @@ static dp__cursor dp__cursor_of(const dp_tensor *t) {
     c.tensor = t, c.at = (const unsigned char *)t->data, c.left = (size_t)dp__elements(t);
     c.swap = dp__big_endian() && dp__dtypes[t->dtype].size > 1;
     c.contiguous = 1;
+    if (!c.left) return c;
     for (d = t->ndim - 1; d >= 0; d--) {
         if (t->shape[d] != 1 && t->strides[d] != stride) c.contiguous = 0;
         stride *= t->shape[d];
@@ -618,6 +640,12 @@ static DP__AVX2 int dp__chunk256(const unsigned char *x, int dtype, size_t n, co
     return dp__rounds256(x, DP_BFLOAT16, n, signs, sums, s);
 }
 
+/* Compilers know the name of this feature only since 2024. Where there is AVX2 the system keeps its registers too. */
+static int dp__has_f16c(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+
 /* Compute a chunk in vectors, if this machine, this dtype and this chunk allow it; else return 0, with nothing done. */
 static int dp__in_vectors(const unsigned char *data, int dtype, size_t n, dp__sketcher *s, dp__sums *part) {
     size_t at = (size_t)(s->next % DP__BLOCK);
@@ -627,7 +655,7 @@ static int dp__in_vectors(const unsigned char *data, int dtype, size_t n, dp__sk
     if (at == 0) s->signs = dp__signs(s->next / DP__BLOCK, s->own);
     __builtin_cpu_init();
     if (DP__HAS_AVX512) done = dp__chunk512(data, dtype, n, s->signs + at / 64, s->sums, part);
-    else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && dp__has_f16c())
         done = dp__chunk256(data, dtype, n, s->signs + at / 64, s->sums, part);
     if (done) {
         s->next += n;
@@ -963,7 +991,7 @@ struct dp_trace {
 };
 
 #define DP__BUFFER (1u << 20) /* bytes of lines that are kept back at most */
-static char dp__open_message[512] = "";
+static DP__THREAD char dp__open_message[512], dp__told[512];
 
 static dp_status dp__say(char *message, dp_status status, const char *format, ...) {
     va_list args;
@@ -973,7 +1001,14 @@ static dp_status dp__say(char *message, dp_status status, const char *format, ..
     return status;
 }
 
-const char *dp_message(const dp_trace *trace) { return trace ? trace->message : dp__open_message; }
+const char *dp_message(const dp_trace *trace) {
+    dp_trace *t = (dp_trace *)(uintptr_t)trace; /* only its lock is taken */
+    if (!t) return dp__open_message;
+    DP__LOCK(&t->lock);
+    memcpy(dp__told, t->message, sizeof dp__told);
+    DP__UNLOCK(&t->lock);
+    return dp__told;
+}
 
 dp_key dp_make_key(const char *arm, const char *phase, int64_t step, int64_t layer, const char *tensor) {
     dp_key key;
@@ -1111,6 +1146,10 @@ static const char *dp__header_fault(const dp_header *h) {
     for (i = 0; i < 9; i++)
         if (texts[i] && !dp__is_utf8(texts[i])) return "a text of the header is not UTF-8";
     if (h->sketch_size < 1 || h->sketch_size > DP__BLOCK) return "sketch_size is not 1 to 65536";
+    if (h->steps < 1 || h->prompt_len < 0 || (h->token_count && (uint64_t)h->prompt_len > h->token_count))
+        return "steps is below 1, or prompt_len is negative or more than the tokens given";
+    if (h->layers < 0 || h->heads < 0 || h->kv_heads < 0 || h->vocabulary < 0 || h->max_positions < 0)
+        return "a count of the engine is negative";
     for (i = 0; i < h->cast_count; i++)
         if (!h->casts[i].name || !h->casts[i].value || !dp__is_utf8(h->casts[i].name) || !dp__is_utf8(h->casts[i].value))
             return "a cast without a name or dtype, or not UTF-8";
@@ -1171,6 +1210,7 @@ static dp_status dp__open_payloads(dp_trace *t) {
     t->payload_name = dp__join(t->payload_path + folder, "#");
     if (!t->payload_name) return DP_NO_MEMORY;
     dp__puts(&t->index, "{");
+    remove(t->payload_path); /* an earlier run's numbers must not be taken for this one's */
     t->spool = fopen(t->spool_path, "w+b");
     return t->spool ? DP_OK : dp__say(t->message, DP_NOT_WRITTEN, "%s: %s", t->spool_path, strerror(errno));
 }
@@ -1211,10 +1251,9 @@ dp_status dp_open(dp_trace **out, const char *path, const dp_header *header) {
     return DP_OK;
 }
 
-/* Whether a key is new; it is then remembered. Locked by the caller. 128 bits: two keys do not meet by chance. */
-static dp_status dp__remember(dp_trace *t, dp__digest key) {
+/* Find the place of a new key. Locked by the caller. 128 bits: two keys do not meet by chance. */
+static dp_status dp__place(dp_trace *t, dp__digest key, size_t *place) {
     size_t i;
-    if (!key.low && !key.high) key.low = 1; /* zero marks a free place */
     if (t->key_count * 2 >= t->key_room) {
         size_t room = t->key_room ? t->key_room * 2 : 1024;
         dp__digest *grown = (dp__digest *)calloc(room, sizeof *grown);
@@ -1230,8 +1269,7 @@ static dp_status dp__remember(dp_trace *t, dp__digest key) {
     }
     for (i = (size_t)key.low & (t->key_room - 1); t->keys[i].low || t->keys[i].high; i = (i + 1) & (t->key_room - 1))
         if (t->keys[i].low == key.low && t->keys[i].high == key.high) return DP_DUPLICATE;
-    t->keys[i] = key;
-    t->key_count++;
+    *place = i;
     return DP_OK;
 }
 
@@ -1394,6 +1432,8 @@ static dp_status dp__record(dp_trace *t, const dp_key *key, const dp_tensor *ten
     dp__room *room = dp__new_room();
     double *sketch = (double *)malloc((size_t)t->sketch_size * sizeof *sketch);
     dp_fingerprint print;
+    dp__digest digest = {0, 0};
+    size_t place = 0;
     dp_status status = room && sketch ? DP_OK : DP_NO_MEMORY;
     memset(&line, 0, sizeof line), memset(&name, 0, sizeof name);
     if (status == DP_OK) {
@@ -1405,10 +1445,10 @@ static dp_status dp__record(dp_trace *t, const dp_key *key, const dp_tensor *ten
     DP__LOCK(&t->lock);
     if (status == DP_OK && (line.failed || name.failed)) status = DP_NO_MEMORY;
     if (status == DP_OK) {
-        XXH128_hash_t digest = XXH3_128bits(name.data, name.length);
-        dp__digest key_digest;
-        key_digest.low = digest.low64, key_digest.high = digest.high64;
-        status = t->broken != DP_OK ? t->broken : dp__remember(t, key_digest);
+        XXH128_hash_t found = XXH3_128bits(name.data, name.length);
+        digest.low = found.low64 || found.high64 ? found.low64 : 1; /* zero marks a free place */
+        digest.high = found.high64;
+        status = t->broken != DP_OK ? t->broken : dp__place(t, digest, &place);
         if (status == DP_DUPLICATE)
             dp__say(t->message, status, "a second record of %s; a key is arm, phase, step, layer, tensor, position", name.data);
     }
@@ -1421,7 +1461,7 @@ static dp_status dp__record(dp_trace *t, const dp_key *key, const dp_tensor *ten
     if (status == DP_OK) {
         dp__puts(&line, "}\n");
         status = line.failed ? DP_NO_MEMORY : dp__append(t, &line, 1);
-        t->records += status == DP_OK;
+        if (status == DP_OK) t->records++, t->key_count++, t->keys[place] = digest; /* written, and not before */
     }
     if (status == DP_NO_MEMORY) dp__say(t->message, status, "no memory for a record, or a line of more than 64 MiB");
     DP__UNLOCK(&t->lock);
@@ -1492,9 +1532,13 @@ static dp_status dp__close_payloads(dp_trace *t) {
     unsigned char buffer[1 << 14];
     uint64_t length;
     size_t n, i;
-    FILE *out = fopen(t->payload_path, "wb");
+    char *whole = dp__join(t->payload_path, ".tmp");
+    FILE *out = whole ? fopen(whole, "wb") : NULL;
     int fine;
-    if (!out) return dp__say(t->message, DP_NOT_WRITTEN, "%s: %s", t->payload_path, strerror(errno));
+    if (!out) {
+        free(whole);
+        return dp__say(t->message, DP_NOT_WRITTEN, "%s: %s", t->payload_path, strerror(errno));
+    }
     dp__puts(&t->index, "}");
     while (t->index.length % 8 && !t->index.failed) dp__puts(&t->index, " ");
     length = t->index.length;
@@ -1504,6 +1548,8 @@ static dp_status dp__close_payloads(dp_trace *t) {
     while (fine && (n = fread(buffer, 1, sizeof buffer, t->spool)) > 0) fine = fwrite(buffer, 1, n, out) == n;
     fine = fine && !ferror(t->spool);
     fine = (fclose(out) == 0) && fine;
+    fine = fine && rename(whole, t->payload_path) == 0;
+    free(whole);
     return fine ? DP_OK : dp__say(t->message, DP_NOT_WRITTEN, "%s: %s", t->payload_path, strerror(errno));
 }
 
@@ -1534,5 +1580,8 @@ dp_status dp_close(dp_trace *t) {
     return status;
 }
 
+#if defined(__GNUC__) && defined(__cplusplus)
+#pragma GCC diagnostic pop
+#endif
 #endif /* DRIFTPROBE_IMPLEMENTED */
 #endif /* DRIFTPROBE_IMPLEMENTATION */

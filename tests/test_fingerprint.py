@@ -269,3 +269,8 @@ def test_a_sketch_of_no_size_or_too_many_sums_is_refused():
         for made in (fingerprint, reference_fingerprint):
             with pytest.raises(ValueError):
                 made(np.ones(3, np.float32), size)
+
+
+def test_an_empty_array_of_many_axes_has_a_fingerprint():
+    array = np.zeros((0,) + (1,) * 9, np.float32)
+    assert fingerprint(array) == reference_fingerprint(array)

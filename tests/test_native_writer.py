@@ -237,15 +237,6 @@ def folder_of(path: Path) -> Path:
     return alone
 
 
-def test_fast_math_is_refused_by_the_compiler(tmp_path):
-    done = subprocess.run(
-        [compiler(), "-ffast-math", f"-I{INCLUDE}", "-fsyntax-only", str(ROOT / "tests/native/probe.c")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "without -ffast-math" in done.stderr
-
-
 def test_two_source_files_share_one_implementation(tmp_path):
     (tmp_path / "a.cc").write_text('#define DRIFTPROBE_IMPLEMENTATION\n#include "driftprobe.h"\nint other();\n'
                                    "int main() { return other(); }\n")  # fmt: skip
@@ -290,3 +281,63 @@ def test_the_header_knows_every_tap_and_where_it_stands(header, tmp_path):
         assert made.write(ROW, tap.name.encode(), 0 if inside else NONE) == OK, tap.name
         assert made.write(ROW, tap.name.encode(), NONE if inside else 0, position=1) == BAD_ARGUMENT, tap.name
     made.close()
+
+
+@pytest.mark.parametrize("flag", ["-ffinite-math-only", "-ffast-math"])
+def test_flags_that_forget_nan_are_refused(tmp_path, flag):
+    done = subprocess.run([compiler(), flag, f"-I{INCLUDE}", "-fsyntax-only", str(ROOT / "tests/native/probe.c")],
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode != 0
+    assert "-ffinite-math-only" in done.stderr
+
+
+def test_cplusplus_with_every_warning_is_content(tmp_path):
+    (tmp_path / "a.cc").write_text('#define DRIFTPROBE_IMPLEMENTATION\n#include "driftprobe.h"\nint main() {}\n')
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Wpedantic", "-Wold-style-cast", "-Wconversion", "-Werror"]
+    done = subprocess.run([compiler("c++"), *flags, f"-I{INCLUDE}", str(tmp_path / "a.cc"), "-o",
+                           str(tmp_path / "a"), "-pthread"], capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[:2000]
+
+
+@pytest.mark.parametrize("fields", [{"prompt_len": 99}, {"prompt_len": -1}, {"steps": 0}, {"layers": -2}])
+def test_a_header_of_impossible_counts_is_refused(header, tmp_path, fields):
+    ids = (c.c_int64 * 2)(1, 2)
+    made = Written(header, tmp_path / "t.jsonl", token_ids=ids, token_count=2, **fields)
+    assert made.status == BAD_ARGUMENT
+    assert not (tmp_path / "t.jsonl").exists()
+
+
+def test_an_empty_tensor_may_have_any_other_axes(header, tmp_path):
+    made = Written(header, tmp_path / "t.jsonl")
+    item = tensor(np.zeros((1, 1, 0), np.float32))
+    item.shape[0] = item.shape[1] = 2**62
+    key = header.dp_make_key(b"P", b"prefill_last", 0, 0, b"q_proj")
+    assert header.dp_write(made.trace, c.byref(key), c.byref(item)) == OK
+    made.close()
+
+
+def test_an_earlier_runs_payloads_are_never_taken_for_a_killed_ones(header, tmp_path):
+    first = Written(header, tmp_path / "t.jsonl", payloads=1)
+    first.write(ROW)
+    first.close()
+    second = Written(header, tmp_path / "t.jsonl", payloads=1)
+    second.write(ROW + 1)
+    header.dp_flush(second.trace)
+    assert read_trace(second.path).damage
+    assert not (tmp_path / "payloads/t.safetensors").exists()
+    second.close()
+    assert Payloads(tmp_path).get(read_trace(second.path).records[0]) is not None
+    assert not (tmp_path / "payloads/t.safetensors.tmp").exists()
+
+
+def test_threads_that_fail_to_open_read_their_own_message(header, tmp_path):
+    def failing(n: int) -> bytes:
+        for _ in range(50):
+            Written(header, tmp_path / f"no{n}" / "t.jsonl")
+            told = header.dp_message(None)
+            if f"no{n}/".encode() not in told:
+                return told
+        return b""
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(failing, range(4))) == [b""] * 4

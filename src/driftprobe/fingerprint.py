@@ -7,6 +7,7 @@ Both give the same hash and the same sketch, bit for bit.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -159,7 +160,7 @@ def _for_core(array: Array) -> tuple[_Where, Array]:
     if not array.dtype.isnative or any(stride % size for stride in array.strides):
         array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("=")))
     if array.ndim > _MAX_DIMS:
-        array = np.ascontiguousarray(array).reshape(array.shape[0], -1)
+        array = np.ascontiguousarray(array).reshape(array.shape[0], math.prod(array.shape[1:]))
     strides = tuple(stride // size for stride in array.strides)
     return (array.ctypes.data, _CODES[dtype_name(array)], array.shape, strides), array
 

@@ -52,6 +52,7 @@ int main(int argc, char **argv) {
     char path[512], names[8][16];
     long round, rounds = argc > 3 ? atol(argv[3]) : 0;
     size_t i;
+    memset(names, 0, sizeof names);
     if (argc < 4) return 2;
     state = (uint64_t)atoll(argv[2]) * 2654435761u + 88172645463325252u;
     for (i = 0; i < sizeof bytes; i++) bytes[i] = (unsigned char)draw(256);
