@@ -325,6 +325,7 @@ def test_an_earlier_runs_payloads_are_never_taken_for_a_killed_ones(header, tmp_
     header.dp_flush(second.trace)
     assert read_trace(second.path).damage
     assert not (tmp_path / "payloads/t.safetensors").exists()
+    assert validate(tmp_path).valid
     second.close()
     assert Payloads(tmp_path).get(read_trace(second.path).records[0]) is not None
     assert not (tmp_path / "payloads/t.safetensors.tmp").exists()

@@ -56,6 +56,11 @@ class Payloads:
         self.folder = folder
         self._files: dict[str, dict[str, Array]] = {}
 
+    def is_missing(self, record: Record) -> bool:
+        """Whether a record names a payload file that is not there."""
+        file = "" if record.payload is None else record.payload.partition("#")[0]
+        return bool(file) and not (self.folder / file).exists()
+
     def get(self, record: Record) -> Array | None:
         """Return a record's tensor, or None where it carries no payload.
 

@@ -89,6 +89,8 @@ def _by_place(problem: Problem) -> tuple[str, int]:
 
 def _payload_problems(entry: Loaded, payloads: Payloads) -> Iterable[Problem]:
     for record, (file, line) in zip(entry.trace.records, entry.places, strict=True):
+        if entry.trace.damage and payloads.is_missing(record):
+            continue  # a writer that was killed had not written its payloads yet
         try:
             payloads.get(record)
         except TraceError as error:
