@@ -301,6 +301,17 @@ def test_scores_in_another_order_over_rows_that_are_not():
     shut(found, "plausible", "attn_probs")
 
 
+def test_a_key_that_one_side_alone_scores_may_weigh_nothing():
+    """Its scores differ in shape, which is beyond every limit, and all that follows may be bit-equal."""
+
+    def one_key_more(site, array):
+        hit = site.arm in {"D", "D'"} and site.layer == 0 and site.tensor in {"attn_scores", "attn_probs"}
+        return np.concatenate([array, np.zeros_like(array[..., :1])], axis=-1) if hit else array
+
+    found = judged(one_key_more)
+    assert next(gate for gate in found.gates if gate.name == "plausible").passed
+
+
 def test_the_page_lists_the_gates_in_their_order():
     page = (Path(__file__).parents[1] / "docs" / "how-it-decides.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| \d+ \| ([a-z ]+) \|", page, flags=re.MULTILINE) == ORDER

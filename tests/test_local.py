@@ -297,3 +297,17 @@ def test_a_declared_cache_may_lean_as_its_grid_does():
     assert not judge_trace(trace, arrays).matches
     undeclared, more = toy(change, layers=4, dtype=BF16, facts=dict(FACTS))
     assert judge_trace(undeclared, more).verdict is Verdict.MISMATCH
+
+
+@pytest.mark.parametrize(("size", "leans"), [(4.0073, True), (3.995, True), (1.001, True), (4.1, False), (5.7, False)])
+def test_a_norm_whose_factor_is_nearly_a_power_of_two_rounds_all_one_way_and_is_not_filtered(size, leans):
+    """x / 4.0073 in bfloat16 is x / 4 for every x: the rounding itself moves all elements by one share."""
+    from types import SimpleNamespace
+
+    from driftprobe.matched import _leans
+
+    x = np.random.default_rng(0).normal(size=(1, 64)).astype(ml_dtypes.bfloat16).astype(np.float64)
+    x = x / np.sqrt(np.square(x).mean()) * size
+    constants = {"ffn_norm.eps": np.zeros(1), "ffn_norm.centred": np.zeros(1)}
+    on = SimpleNamespace(constant=lambda _, name: constants[name], facts=SimpleNamespace(dtype="bfloat16"))
+    assert bool(_leans(x, (0, 0, "ffn_norm"), on).any()) is leans

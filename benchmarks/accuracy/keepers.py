@@ -144,7 +144,7 @@ def coarse_cache(name: str, dtype: str, rounded: Callable[[Tensor], Tensor]) -> 
             cache.__class__ = type(f"Coarse{kind.__name__}", (kind,), {"update": update})
             return cache
 
-        with _attribute(engine, "make_cache", made), declared(engine, {"k_cache": dtype}):
+        with _attribute(engine, "make_cache", made), declared(engine, {"k_cache": dtype, "v_cache": dtype}):
             yield
 
     return keep

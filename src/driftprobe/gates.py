@@ -251,10 +251,12 @@ def _size(cell: Cell) -> str:
 def _without_effect(cell: Cell, row: Sequence[Cell], nothing_after: bool) -> bool:
     """Whether a drift ought to show in tensors that are bit-equal: in all that follow, or in all that read it.
 
-    Cache rows may be masked or weigh nothing, and attention does not depend on their order. A state that a token leaves
+    Cache rows may be masked or weigh nothing, and attention does not depend on their order; so may a key that one side
+    alone has scores for. A state that a token leaves
     is read by the next one only. A branch that is small beside the residual stream may round away in the sum.
     """
-    if cell.tensor in CACHE_TAPS | STATE_TAPS or _reordered(cell, row) or _rounds_away(cell, row):
+    more_keys = cell.tensor in _OVER_KEYS and cell.reference.shape != cell.candidate.shape
+    if cell.tensor in CACHE_TAPS | STATE_TAPS or more_keys or _reordered(cell, row) or _rounds_away(cell, row):
         return False
     readers = [other for other in row if _reads(other, cell)]
     return (nothing_after and cell.tensor in BY_NAME) or (
@@ -262,6 +264,8 @@ def _without_effect(cell: Cell, row: Sequence[Cell], nothing_after: bool) -> boo
     )
 
 
+_OVER_KEYS = frozenset(("attn_scores", "attn_probs"))
+"""Taps that count keys along their last axis: what a key more or less weighs can be nothing."""
 _PASSED_ON = frozenset(
     ("x_in", "attn_norm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "q_rope", "k_rope", "attn_ctx", "x_mid",
      "ffn_norm", "x_out", "final_norm")
@@ -301,7 +305,7 @@ def _norms(record: Record) -> tuple[float, ...]:
 
 def _reordered(cell: Cell, row: Sequence[Cell]) -> bool:
     """Scores over cache rows that are themselves in another order: attention does not depend on their order."""
-    return cell.tensor in {"attn_scores", "attn_probs"} and any(
+    return cell.tensor in _OVER_KEYS and any(
         other.tensor in CACHE_TAPS and other.layer == cell.layer and other.status is Status.FAIL for other in row
     )
 
