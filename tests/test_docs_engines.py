@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from datetime import date
+from importlib.util import find_spec
 
 import pytest
 
@@ -33,21 +34,31 @@ def reader(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("llama", "artifacts"))
     shutil.copytree(ROOT / "include", folder / "include")
-    (folder / "driftprobe").write_text(
-        f"#!/bin/sh\nexec {sys.executable} -c 'from driftprobe.cli import main; main()' \"$@\"\n", encoding="utf-8"
-    )
-    (folder / "driftprobe").chmod(0o755)
+    (folder / "tools").symlink_to(ROOT / "tools")
+    for name, words in (("driftprobe", "-c 'from driftprobe.cli import main; main()'"), ("python", "")):
+        (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n', encoding="utf-8")
+        (folder / name).chmod(0o755)
     return folder
+
+
+def is_for_the_reader_alone(line: str) -> bool:
+    """A node, an installation, a table that takes minutes; and llama.cpp, where it is not installed."""
+    of_llama = "llamacpp" in line or "gguf" in line
+    return (
+        ("--host" in line and "--dry-run" not in line)
+        or line.startswith(("pip ", "python -m benchmarks"))
+        or (of_llama and find_spec("llama_cpp") is None)
+    )
 
 
 def test_the_pages_commands_run_in_their_order(reader):
     ran = 0
     for line in LINES:
-        if "--host" in line and "--dry-run" not in line:
-            continue  # a node of the reader's
+        if is_for_the_reader_alone(line):
+            continue
         command = f"export PATH={reader}:$PATH; {line.replace('DATE', date.today().isoformat())}"
         done = shell(command, reader)
-        assert done.returncode == 0, line + done.stdout + done.stderr
+        assert done.returncode == (1 if "--fault" in line else 0), line + done.stdout + done.stderr
         ran += 1
     assert ran >= 6
 
