@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from driftprobe.api import analyze, compare
 from driftprobe.cli import group
-from driftprobe.errors import UsageError
+from driftprobe.errors import OutputError, UsageError
 from driftprobe.judgement import Verdict
 from driftprobe.payload import payload_file, write_payloads
 from driftprobe.trace import FAILED, Event, Trace, TraceWriter
@@ -272,3 +272,39 @@ def test_the_command_counts_beside_the_verdict_what_was_not_compared(tmp_path):
     assert done.exit_code == 0, done.output
     for phase in ("decode", "prefill"):
         assert f"not compared:    2 of p0.{phase}: only the reference has this tap (layer 0 attn_norm" in done.output
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("place", ["a", "b", "a/traces", "a/traces/deep/er", ".", "link", "out/../b"])
+def test_a_comparison_never_takes_the_place_of_its_sides(tmp_path, place):
+    base = tmp_path / "base"
+    left, right = put(base / "a"), put(base / "b")
+    (base / "link").symlink_to(left)
+    before = files(base)
+    for sides in ((left, right), (left / "traces", right / "traces")):
+        with pytest.raises(OutputError, match=r"overwrite what it compares|is a link"):
+            compare(*sides, base / place)
+        assert files(base) == before
+
+
+@pytest.mark.parametrize("hidden", [".out.partial", ".out.old"])
+def test_nor_does_it_build_itself_where_a_side_lies(tmp_path, hidden):
+    left, right = put(tmp_path / hidden), put(tmp_path / "b")
+    before = files(tmp_path)
+    with pytest.raises(OutputError, match="overwrite what it compares"):
+        compared(tmp_path, left, right)
+    assert files(tmp_path) == before
+
+
+def test_a_run_is_not_replaced_by_a_comparison_but_a_comparison_is(tmp_path):
+    left, right, third = (put(tmp_path / name) for name in "abc")
+    before = files(third)
+    with pytest.raises(OutputError, match="holds a run"):
+        compare(left, right, third)
+    assert files(third) == before
+    for _ in range(2):
+        result, _ = compared(tmp_path, left, right)
+    assert result.verdict is Verdict.NO_DRIFT
