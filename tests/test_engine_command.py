@@ -73,6 +73,7 @@ def test_a_fault_of_the_program_is_found(tmp_path):
         ("silent E1", {}, ("no trace was written",)),
         ("cut", {}, ("arm D", "incomplete")),
         ("spoil D", {}, ("arm D", "does not validate")),
+        ("small sketch D", {}, ("arm D", "sketch_size 16; 64 is needed")),
     ],
 )
 def test_a_call_that_fails_is_not_available_with_the_reason_and_nothing_is_lost(tmp_path, how, fields, words):
@@ -136,6 +137,10 @@ def test_knobs_casts_dtype_and_environment_are_declared(tmp_path):
         ('command = ["x", "{arm}", "{tokens}", "{out}"]\ndtype = "fp12"', "dtype fp12"),
         ('command = ["x", "{arm}", "{tokens}", "{out}"]\n[casts]\nk = "fp12"', "cast to fp12"),
         ("command = [", "TOMLDecodeError"),
+        ('command = ["x", "{arm}", "{tokens}", "{out}", "a\\u0000b"]', "NUL character"),
+        ('command = ["x", "{arm}", "{tokens}", "{out}"]\n[environment]\nA = "b\\u0000"', "NUL character"),
+        ('command = ["x", "{arm}", "{tokens}", "{out}"]\n[environment]\n"A=B" = "c"', "environment variable 'A=B'"),
+        ('command = ["x", "{arm}", "{tokens}", "{out}"]\n[environment]\n"" = "c"', "environment variable ''"),
     ],
 )
 def test_a_description_that_cannot_be_used_is_refused_in_words(tmp_path, text, words):

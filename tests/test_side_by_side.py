@@ -308,3 +308,31 @@ def test_a_run_is_not_replaced_by_a_comparison_but_a_comparison_is(tmp_path):
     for _ in range(2):
         result, _ = compared(tmp_path, left, right)
     assert result.verdict is Verdict.NO_DRIFT
+
+
+def small_sketches(trace: Trace) -> Trace:
+    """An edit: sketches of 16 sums."""
+    records = tuple(replace(r, sketch=None if r.sketch is None else r.sketch[:16]) for r in trace.records)
+    return replace(trace, header=replace(trace.header, sketch_size=16), records=records)
+
+
+def test_sketches_of_two_sizes_are_refused_with_both_sides_named(tmp_path):
+    left, right = put(tmp_path / "a"), put(tmp_path / "b", edit=small_sketches)
+    with pytest.raises(UsageError) as caught:
+        compared(tmp_path, left, right)
+    assert caught.value.what == "sketches of two sizes"
+    assert f"{left}: sketch_size 64; {right}: sketch_size 16" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sketches_of_another_size_on_both_sides_are_compared(tmp_path):
+    left, right = (put(tmp_path / name, edit=small_sketches) for name in "ab")
+    assert compared(tmp_path, left, right)[0].verdict is Verdict.NO_DRIFT
+
+
+def test_a_side_without_sketches_takes_the_others_size(tmp_path):
+    def bare(trace: Trace) -> Trace:
+        return replace(trace, records=tuple(replace(record, sketch=None) for record in trace.records))
+
+    left, right = put(tmp_path / "a", edit=bare), put(tmp_path / "b", edit=small_sketches)
+    assert compared(tmp_path, left, right)[0].verdict is Verdict.NO_DRIFT

@@ -15,7 +15,7 @@ from driftprobe.artifacts import Layout
 from driftprobe.compare import other_extent, same_shape
 from driftprobe.constants import tensor_name
 from driftprobe.errors import UsageError
-from driftprobe.fingerprint import UNIT_ROUNDOFF, Array
+from driftprobe.fingerprint import SKETCH_SIZE, UNIT_ROUNDOFF, Array
 from driftprobe.payload import Payloads, payload_file, write_payloads
 from driftprobe.taps import BY_NAME, CANDIDATE, PATHS, REFERENCE, execution_order, place
 from driftprobe.trace import (
@@ -52,9 +52,10 @@ def write_comparison(left: Side, right: Side, stage: Layout, date: str, output: 
 
     `output` is the folder that reports name. The reference is the side that measured its rounding noise (arms N), else
     the left one: their drift is of use only against the reference. Raises UsageError where no prompt of both has the
-    same tokens, or neither side a record of one.
+    same tokens, neither side a record of one, or the sketches are of two sizes.
     """
     reference, candidate = (right, left) if _noisy(right) and not _noisy(left) else (left, right)
+    _check_sketches(left, right)
     left_out: list[str] = []
     written = 0
     for one in _runs(reference):
@@ -75,6 +76,23 @@ def write_comparison(left: Side, right: Side, stage: Layout, date: str, output: 
     if not written:
         raise _nothing(f"{left.name} and {right.name}", "; ".join(left_out)[:400] or "no run")
     return left_out
+
+
+def _check_sketches(left: Side, right: Side) -> None:
+    sizes = {side.name: sorted({size for trace in _runs(side) for size in _sketch_sizes(trace)})
+             for side in (left, right)}  # fmt: skip
+    if len({size for found in sizes.values() for size in found}) > 1:
+        raise UsageError(
+            "sketches of two sizes", where=" and ".join(sizes),
+            measured="; ".join(f"{name}: sketch_size {', '.join(map(str, found))}" for name, found in sizes.items()
+                               if found),
+            allowed=f"one sketch_size on both sides, {SKETCH_SIZE} by default",
+            next_step="run one side again with the other's sketch_size",
+        )  # fmt: skip
+
+
+def _sketch_sizes(*traces: Trace) -> set[int]:
+    return {len(record.sketch) for trace in traces for record in trace.records if record.sketch is not None}
 
 
 def _nothing(where: str, measured: str) -> UsageError:
@@ -256,7 +274,7 @@ def _header(couple: _Couple, phase: str, shared: set[_Place], date: str, output:
         reads=tuple(PlannedRead(arm=arm, phase=word, step=0, position=first)
                     for arm, word in (("P", REFERENCE), ("D", CANDIDATE))),
         taps={tensor: tuple(sorted(layers)) for tensor, layers in taps.items()},
-        sketch_size=one.header.sketch_size,
+        sketch_size=min(_sketch_sizes(one, other), default=one.header.sketch_size),
         payload=one.header.payload if one.header.payload == other.header.payload else "failing",
         labels={"reference": sides[0].name, "candidate": sides[1].name} | ({"output": output} if output else {}),
     )  # fmt: skip
@@ -329,7 +347,7 @@ def _doubts(mine: dict[_Place, Record], theirs: dict[_Place, Record], parted: _P
 
 def _counted(event: str, places: Sequence[_Place]) -> Iterator[Event]:
     counts: dict[str, int] = {}
-    for layer, tensor, _ in places:
+    for layer, tensor, _ in sorted(places, key=lambda where: execution_order(where[0], where[1])):
         counts[place(layer, tensor)] = counts.get(place(layer, tensor), 0) + 1
     if counts:
         yield Event(event=event, arm="D", measured=counts)

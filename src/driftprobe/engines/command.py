@@ -25,7 +25,7 @@ import msgspec
 from driftprobe.engines.base import BUILTIN, Constant, Recorded
 from driftprobe.errors import DriftprobeError, EngineError, ModelError, UsageError
 from driftprobe.faults import Expected
-from driftprobe.fingerprint import CAST_ROUNDOFF, UNIT_ROUNDOFF
+from driftprobe.fingerprint import CAST_ROUNDOFF, SKETCH_SIZE, UNIT_ROUNDOFF
 from driftprobe.payload import Payloads
 from driftprobe.plan import ARMS, KNOBS, Arm, Mode, Plan, Prompt
 from driftprobe.trace import CONSTANTS, FAILED, EngineFacts, Event, Record, Trace, read_trace
@@ -111,6 +111,12 @@ def _faults(program: Program) -> Iterator[tuple[str, str]]:
         yield f"unknown placeholder {{{sorted(used - set(PLACEHOLDERS))[0]}}}", ", ".join(PLACEHOLDERS)
     if {"out", "tokens", "arm"} - used:
         yield f"no {{{sorted({'out', 'tokens', 'arm'} - used)[0]}}} in the command", "{arm}, {tokens} and {out} in it"
+    texts = (*program.command, *program.environment, *program.environment.values())
+    if any("\0" in text for text in texts):
+        yield "a NUL character in the command or its environment", "text without it"
+    odd = [name for name in program.environment if not name or "=" in name]
+    if odd:
+        yield f"environment variable {odd[0]!r}", "a name without '='"
     if not {"P", "D"} <= set(program.arms) <= set(ARMS):
         yield f"arms {', '.join(program.arms)}", f"P, D, and any of {', '.join(ARMS)}"
     if not set(program.knobs) <= set(KNOBS):
@@ -376,6 +382,8 @@ def _disagreement(records: Sequence[Record], arm: str, tokens: Sequence[int]) ->
     if not own:
         return "its trace holds no record"
     for record in own:
+        if record.sketch is not None and len(record.sketch) != SKETCH_SIZE:
+            return f"its trace has sketch_size {len(record.sketch)}; {SKETCH_SIZE} is needed"
         if record.arm != arm:
             return f"asked for arm {arm}, it wrote a record of arm {record.arm} ({record.tensor})"
         at = record.logical_tok_idx
