@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from driftprobe.api import RunOptions, run
 from driftprobe.cli import group
 from driftprobe.engines import open_engine
 from driftprobe.engines.base import BUILTIN
-from driftprobe.engines.command import CommandEngine, read_program
+from driftprobe.engines.command import CommandEngine, _tail, read_program
 from driftprobe.errors import EngineError, UsageError
 from driftprobe.judgement import Verdict
 from driftprobe.plan import Mode
@@ -93,6 +94,32 @@ def test_a_program_that_fails_its_trial_is_an_error_in_five_parts(tmp_path, how,
         judged(tmp_path, how)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_failed_trial_names_the_command_and_its_tokens(tmp_path):
+    with pytest.raises(EngineError) as caught:
+        judged(tmp_path, "exit P", trial=[4, 5, 6])
+    assert f"{STAND_IN} P " in caught.value.next_step
+    assert "file of 4 5 6:" in caught.value.next_step
+    assert str(tmp_path) in caught.value.next_step
+
+
+def test_what_a_call_left_is_removed_when_the_next_plan_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    engine = open_engine("command", config=str(described(tmp_path)))
+    prompts = make_prompts({str(n): [3, 1, 4, 1, n] for n in range(3)}, engine)
+    run(engine, prompts, RunOptions(modes=(Mode.AS_DESIGNED,), steps=1, ladder="off"), tmp_path / "out")
+    left = [path.name for path in tmp_path.glob("driftprobe-*/*/traces/*")]
+    assert set(left) == {"2_as_designed.jsonl"}
+
+
+def test_of_endless_output_only_the_end_is_read(tmp_path):
+    output = tmp_path / "output.txt"
+    with output.open("wb") as file:
+        file.truncate(1 << 36)  # sparse: more than any memory here
+        file.seek(0, 2)
+        file.write(b"\nthe last words\n")
+    assert _tail(output)[-1] == "the last words"
 
 
 def test_a_program_that_is_not_there_is_an_error(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,10 @@ PLACEHOLDERS = ("model", "prompt", "prompt_file", "prompt_len", "tokens", "phase
 """What may stand in the command between braces; docs/engines.md says what each becomes."""
 _BRACES = re.compile(r"\{([A-Za-z_]*)\}")
 _LAST_LINES = 5
+_TAIL = 1 << 20
+"""Bytes of one call's output that go to the log: its last ones."""
+_SHOWN = 16
+"""How many token ids a message shows."""
 _PHASES = {"P": "prefill_last", "D": "decode", "A": "decode", "E": "prefill_ext"}
 """First letter of an arm -> what `{phase}` becomes."""
 
@@ -210,9 +215,11 @@ class CommandEngine:
         return chosen[len(token_ids) :]
 
     def begin(self, plan: Plan) -> None:
-        """Take a plan's prompt, mode and seed for the calls that follow."""
+        """Take a plan's prompt, mode and seed for the calls that follow; what earlier calls left is removed."""
         self._plan = plan
         self._made.clear()
+        for place in Path(self._temporary.name).iterdir():
+            shutil.rmtree(place, ignore_errors=True)
 
     def said(self) -> list[str]:
         """Return what the program printed since this was last asked."""
@@ -271,7 +278,7 @@ class CommandEngine:
             trace, failure = _read(out, arm, tokens)
         if failure and lines:
             failure += f"; its last lines: {' | '.join(lines[-_LAST_LINES:])}"
-        return Call(arm, failure[:2000], trace, Payloads(out.parent))
+        return Call(arm, failure[:2000], trace, Payloads(out.parent), shlex.join(command), tuple(tokens))
 
     def _values(self, arm: str, tokens: Sequence[int], layers: frozenset[int] | None, place: Path) -> Mapping[str, str]:
         plan, traces = self._plan, place / "traces"
@@ -294,9 +301,12 @@ class CommandEngine:
         }
 
     def _error(self, call: Call) -> EngineError:
+        some = f"{' '.join(map(str, call.tokens[:_SHOWN]))}{' …' if len(call.tokens) > _SHOWN else ''}"
         return EngineError(
             "the program failed", where=f"{self.program.name}, arm {call.arm}", measured=call.failure,
-            allowed="exit code 0 and a whole trace", next_step="run the command above by hand, and see docs/engines.md",
+            allowed="exit code 0 and a whole trace",
+            next_step=f"see docs/engines.md, and run it by hand in {self.folder} with a {{tokens}} file of {some}: "
+            f"{call.command}",
         )  # fmt: skip
 
 
@@ -309,6 +319,9 @@ class Call:
     """Empty, or why there is no trace."""
     _trace: Trace | None
     payloads: Payloads
+    command: str
+    """As a shell would take it."""
+    tokens: tuple[int, ...]
 
     @property
     def trace(self) -> Trace:
@@ -340,8 +353,15 @@ def _run(command: list[str], folder: Path, program: Program, output: Path) -> tu
             failure = f"{command[0]} was still running after {program.time_limit:g} s (time_limit)"
         finally:
             _end(process)
-    text = output.read_bytes()[-(1 << 20) :].decode("utf-8", errors="replace")
-    return failure, [line.rstrip() for line in text.splitlines() if line.strip()]
+    return failure, _tail(output)
+
+
+def _tail(output: Path) -> list[str]:
+    """Return the lines at the end of what a program printed, however much that is."""
+    with output.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+        text = file.read(_TAIL).decode("utf-8", errors="replace")
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
 
 
 def _ending(code: int) -> str:
