@@ -336,3 +336,11 @@ def test_a_side_without_sketches_takes_the_others_size(tmp_path):
 
     left, right = put(tmp_path / "a", edit=bare), put(tmp_path / "b", edit=small_sketches)
     assert compared(tmp_path, left, right)[0].verdict is Verdict.NO_DRIFT
+
+
+def test_the_command_speaks_of_reference_and_candidate(tmp_path):
+    left, right = put(tmp_path / "a"), put(tmp_path / "b")
+    done = CliRunner().invoke(group, ["compare", str(left), str(right), "--out", str(tmp_path / "o"), "--date", "d"])
+    assert "verdict: NO_DRIFT — reference and candidate agree bit for bit" in done.output
+    done = CliRunner().invoke(group, ["analyze", str(left)])
+    assert "verdict: NO_DRIFT — prefill and decode agree bit for bit" in done.output
