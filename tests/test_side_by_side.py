@@ -344,3 +344,10 @@ def test_the_command_speaks_of_reference_and_candidate(tmp_path):
     assert "verdict: NO_DRIFT — reference and candidate agree bit for bit" in done.output
     done = CliRunner().invoke(group, ["analyze", str(left)])
     assert "verdict: NO_DRIFT — prefill and decode agree bit for bit" in done.output
+
+
+def test_sides_that_name_their_prompts_tokens_alone_are_compared(tmp_path):
+    left, right = (put(tmp_path / name, edit=tokens(*range(5))) for name in "ab")
+    result, _ = compared(tmp_path, left, right)
+    assert result.verdict is Verdict.NO_DRIFT
+    assert result.traces[0].header.prompt_len == 5

@@ -262,13 +262,14 @@ def _header(couple: _Couple, phase: str, shared: set[_Place], date: str, output:
         taps.setdefault(tensor, set()).update(() if layer is None else (layer,))
     positions = sorted({at for _, _, at in shared if at is not None})
     first = positions[0] if positions else 0
+    length = one.header.prompt_len + min(one.header.steps, other.header.steps)
     return Header(
         run=f"{one.header.run} and {other.header.run}",
         engine=_facts(one.header.engine, other.header.engine),
         mode=PATHS,
         prompt=f"{one.header.prompt}.{phase}",
         token_ids=one.header.token_ids,
-        prompt_len=one.header.prompt_len + min(one.header.steps, other.header.steps),
+        prompt_len=min(length, len(one.header.token_ids) or length),
         prompt_text=one.header.prompt_text,
         date=date,
         reads=tuple(PlannedRead(arm=arm, phase=word, step=0, position=first)
