@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from driftprobe.capture import top_of
-from driftprobe.fingerprint import fingerprint
+from driftprobe.fingerprint import SKETCH_SIZE, fingerprint
 from driftprobe.trace import EngineFacts, Event, Header, Record, TraceWriter
 
 WIDTH, VOCABULARY = 8, 32
@@ -43,7 +43,8 @@ def main() -> None:
     if how == f"silent {arm}":
         return
     phase = {"P": "prefill_last", "E": "prefill_ext"}.get(arm[0])
-    header = Header(prompt="mine", mode=mode, prompt_len=n, steps=count,
+    size = 16 if how == f"small sketch {arm}" else SKETCH_SIZE
+    header = Header(prompt="mine", sketch_size=size, mode=mode, prompt_len=n, steps=count,
                     engine=EngineFacts(name="stand-in", dtype="float32", vocabulary=VOCABULARY, max_positions=128,
                                        device=os.environ.get("STAND_IN", "")))  # fmt: skip
     with TraceWriter(Path(out), header) as writer:
@@ -60,7 +61,7 @@ def main() -> None:
                     Record(prompt="mine", phase=phase or f"decode{step}", layer=None, tensor=tensor,
                            arm="X" if how == "other arm" else arm, step=step,
                            token_id=1 if how == "other token" else None, logical_tok_idx=at,
-                           top=top_of(array) if tensor == "logits" else None, **asdict(fingerprint(array)))
+                           top=top_of(array) if tensor == "logits" else None, **asdict(fingerprint(array, size)))
                 )  # fmt: skip
             if arm == "A":
                 writer.event(Event(event="cache_readback", arm="A", step=step, measured={"rows": n, "different": 0}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from driftprobe.api import RunOptions, run
 from driftprobe.cli import group
 from driftprobe.engines import open_engine
 from driftprobe.engines.base import BUILTIN
-from driftprobe.engines.command import CommandEngine, read_program
+from driftprobe.engines.command import CommandEngine, _tail, read_program
 from driftprobe.errors import EngineError, UsageError
 from driftprobe.judgement import Verdict
 from driftprobe.plan import Mode
@@ -73,6 +74,7 @@ def test_a_fault_of_the_program_is_found(tmp_path):
         ("silent E1", {}, ("no trace was written",)),
         ("cut", {}, ("arm D", "incomplete")),
         ("spoil D", {}, ("arm D", "does not validate")),
+        ("small sketch D", {}, ("arm D", "sketch_size 16; 64 is needed")),
     ],
 )
 def test_a_call_that_fails_is_not_available_with_the_reason_and_nothing_is_lost(tmp_path, how, fields, words):
@@ -92,6 +94,32 @@ def test_a_program_that_fails_its_trial_is_an_error_in_five_parts(tmp_path, how,
         judged(tmp_path, how)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_failed_trial_names_the_command_and_its_tokens(tmp_path):
+    with pytest.raises(EngineError) as caught:
+        judged(tmp_path, "exit P", trial=[4, 5, 6])
+    assert f"{STAND_IN} P " in caught.value.next_step
+    assert "file of 4 5 6:" in caught.value.next_step
+    assert str(tmp_path) in caught.value.next_step
+
+
+def test_what_a_call_left_is_removed_when_the_next_plan_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    engine = open_engine("command", config=str(described(tmp_path)))
+    prompts = make_prompts({str(n): [3, 1, 4, 1, n] for n in range(3)}, engine)
+    run(engine, prompts, RunOptions(modes=(Mode.AS_DESIGNED,), steps=1, ladder="off"), tmp_path / "out")
+    left = [path.name for path in tmp_path.glob("driftprobe-*/*/traces/*")]
+    assert set(left) == {"2_as_designed.jsonl"}
+
+
+def test_of_endless_output_only_the_end_is_read(tmp_path):
+    output = tmp_path / "output.txt"
+    with output.open("wb") as file:
+        file.truncate(1 << 36)  # sparse: more than any memory here
+        file.seek(0, 2)
+        file.write(b"\nthe last words\n")
+    assert _tail(output)[-1] == "the last words"
 
 
 def test_a_program_that_is_not_there_is_an_error(tmp_path):
@@ -136,6 +164,10 @@ def test_knobs_casts_dtype_and_environment_are_declared(tmp_path):
         ('command = ["x", "{arm}", "{tokens}", "{out}"]\ndtype = "fp12"', "dtype fp12"),
         ('command = ["x", "{arm}", "{tokens}", "{out}"]\n[casts]\nk = "fp12"', "cast to fp12"),
         ("command = [", "TOMLDecodeError"),
+        ('command = ["x", "{arm}", "{tokens}", "{out}", "a\\u0000b"]', "NUL character"),
+        ('command = ["x", "{arm}", "{tokens}", "{out}"]\n[environment]\nA = "b\\u0000"', "NUL character"),
+        ('command = ["x", "{arm}", "{tokens}", "{out}"]\n[environment]\n"A=B" = "c"', "environment variable 'A=B'"),
+        ('command = ["x", "{arm}", "{tokens}", "{out}"]\n[environment]\n"" = "c"', "environment variable ''"),
     ],
 )
 def test_a_description_that_cannot_be_used_is_refused_in_words(tmp_path, text, words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,15 @@ from click.testing import CliRunner
 
 from driftprobe.api import analyze, compare
 from driftprobe.cli import group
-from driftprobe.errors import UsageError
+from driftprobe.errors import OutputError, UsageError
 from driftprobe.judgement import Verdict
 from driftprobe.payload import payload_file, write_payloads
-from driftprobe.trace import Trace, TraceWriter
-from make_trace import Change, drifting, toy, unchanged
+from driftprobe.trace import FAILED, Event, Trace, TraceWriter
+from make_trace import Change, both, drifting, toy, unchanged, without
 
 
 def put(folder: Path, change: Change = unchanged, *, payload: bool = False, edit=lambda trace: trace, **more) -> Path:
     """Write one side's run into a folder."""
-    from dataclasses import replace
-
     trace, arrays = toy(change, **more)
     trace = edit(trace)
     kept = {}
@@ -37,6 +36,20 @@ def put(folder: Path, change: Change = unchanged, *, payload: bool = False, edit
     for arm, arrays_ in kept.items():
         write_payloads(folder / "traces" / payload_file(trace.path.removesuffix(".jsonl"), arm), arrays_)
     return folder
+
+
+def tokens(*ids: int):
+    """An edit that gives a trace its token ids; the prompt of `toy` has 5."""
+    return lambda trace: replace(trace, header=replace(trace.header, token_ids=ids))
+
+
+def only(*places: tuple[int | None, str], arms: tuple[str, ...] = ("D", "D'")) -> Change:
+    """Arms that record these places alone."""
+    return lambda site, array: array if site.arm not in arms or (site.layer, site.tensor) in places else None
+
+
+def verdicts(result) -> dict[str, Verdict]:
+    return {judged.prompt: judged.verdict for mode in result.judgement.modes.values() for judged in mode.prompts}
 
 
 def compared(tmp_path: Path, left: Path, right: Path):
@@ -69,8 +82,7 @@ def test_a_fault_in_one_engines_decode_is_found_there_and_prefill_passes(tmp_pat
     first = result.first_failure
     assert first is not None
     assert (first.prompt, first.layer, first.tensor) == ("p0.decode", 1, "q_rope")
-    verdicts = {judged.prompt: judged.verdict for mode in result.judgement.modes.values() for judged in mode.prompts}
-    assert verdicts == {"p0.decode": Verdict.MISMATCH, "p0.prefill": Verdict.NO_DRIFT}
+    assert verdicts(result) == {"p0.decode": Verdict.MISMATCH, "p0.prefill": Verdict.NO_DRIFT}
 
 
 def test_a_fault_in_both_phases_of_one_engine_is_found_though_its_own_run_is_clean(tmp_path):
@@ -85,11 +97,6 @@ def test_a_fault_in_both_phases_of_one_engine_is_found_though_its_own_run_is_cle
 
 
 def test_other_tokens_are_not_compared_and_it_says_where(tmp_path):
-    from dataclasses import replace
-
-    def tokens(*ids: int):
-        return lambda trace: replace(trace, header=replace(trace.header, token_ids=ids))
-
     left, right = put(tmp_path / "a", edit=tokens(*range(40))), put(tmp_path / "b", edit=tokens(0, 1, 9, *range(3, 40)))
     with pytest.raises(UsageError, match="token 2 and token 9 at position 2"):
         compared(tmp_path, left, right)
@@ -129,3 +136,218 @@ def test_the_command_prints_both_sides_and_the_verdict(tmp_path):
     assert "reference: " in done.output
     assert done.exit_code == 1
     assert (tmp_path / "o/d/compare/B3_66_V2_FINAL_REPORT.md").is_file()
+
+
+def crashed(*, arms: tuple[str, ...], event: bool = True):
+    """An edit: these arms failed and left no record."""
+
+    def edit(trace: Trace) -> Trace:
+        told = tuple(Event(event=f"{FAILED}exit code 139", arm=arm) for arm in arms) if event else ()
+        return replace(trace, records=tuple(r for r in trace.records if r.arm not in arms), events=told)
+
+    return edit
+
+
+@pytest.mark.parametrize("event", [True, False])
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_a_decode_that_crashed_on_one_side_is_not_available(tmp_path, side, event):
+    """With its event, or with nothing but a plan that nobody kept."""
+    edits = {side: crashed(arms=("D", "D'"), event=event)}
+    left, right = (put(tmp_path / name, edit=edits.get(name, lambda trace: trace)) for name in "ab")
+    result, _ = compared(tmp_path, left, right)
+    assert verdicts(result) == {"p0.decode": Verdict.NOT_AVAILABLE, "p0.prefill": Verdict.NO_DRIFT}
+    assert result.verdict is Verdict.NOT_AVAILABLE
+    assert f"/{side}, its arm D: {'exit code 139' if event else 'no record of step 0'}" in result.reason
+    assert "exit code 139" in result.reports()["B3_66_V2_FINAL_REPORT.md"] or not event
+
+
+def test_a_decode_that_crashed_on_both_sides_is_told_in_the_prefills_trace(tmp_path):
+    sides = [put(tmp_path / name, edit=crashed(arms=("D", "D'"))) for name in "ab"]
+    result, _ = compared(tmp_path, *sides)
+    assert verdicts(result) == {"p0.prefill": Verdict.NOT_AVAILABLE}
+    assert "exit code 139" in result.reason
+
+
+def test_a_control_that_failed_is_not_available_as_in_its_own_run(tmp_path):
+    right = put(tmp_path / "b", edit=crashed(arms=("E1",)))
+    result, _ = compared(tmp_path, put(tmp_path / "a"), right)
+    assert verdicts(result) == {"p0.decode": Verdict.NO_DRIFT, "p0.prefill": Verdict.NOT_AVAILABLE}
+    assert "its arm E1" in result.reason
+
+
+def test_a_trace_that_was_cut_is_not_available(tmp_path):
+    right = put(tmp_path / "b")
+    path = next((right / "traces").glob("*.jsonl"))
+    path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
+    result, _ = compared(tmp_path, put(tmp_path / "a"), right)
+    assert result.verdict is Verdict.NOT_AVAILABLE
+    assert "incomplete" in result.reason
+
+
+def test_a_phase_that_one_side_never_ran_is_not_available(tmp_path):
+    def prefill_alone(trace: Trace) -> Trace:
+        reads = tuple(read for read in trace.header.reads if read.arm[0] != "D")
+        return replace(crashed(arms=("D", "D'"), event=False)(trace), header=replace(trace.header, reads=reads))
+
+    result, _ = compared(tmp_path, put(tmp_path / "a"), put(tmp_path / "b", edit=prefill_alone))
+    assert result.verdict is Verdict.NOT_AVAILABLE
+    assert "nothing was compared" in result.reason
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+@pytest.mark.parametrize(
+    "places", [((None, "embed"), (0, "x_in")), ((None, "embed"), *((0, t) for t in ("x_in", "x_out")))]
+)
+def test_a_side_that_ends_early_cannot_pass(tmp_path, side, places):
+    changes = {side: only(*places, arms=("P", "P'", "D", "D'", "E1", "E7"))}
+    left, right = (put(tmp_path / name, changes.get(name, unchanged)) for name in "ab")
+    result, _ = compared(tmp_path, left, right)
+    assert result.verdict is Verdict.NOT_AVAILABLE
+    lacking, having = ("reference", "candidate") if side == "a" else ("candidate", "reference")
+    assert f"the {lacking} lacks the last tap of the {having}: logits" in result.reason
+    assert "lacks the last tap" in result.reports()["B3_66_V2_FINAL_REPORT.md"]
+
+
+def test_logits_that_are_missing_at_one_of_two_positions_cannot_pass(tmp_path):
+    right = put(tmp_path / "b", without(arm="D", tensor="logits", step=1), steps=2)
+    result, _ = compared(tmp_path, put(tmp_path / "a", steps=2), right)
+    assert verdicts(result) == {"p0.decode": Verdict.NOT_AVAILABLE, "p0.prefill": Verdict.NO_DRIFT}
+
+
+def test_a_fault_in_what_a_side_has_is_found_though_it_ends_early(tmp_path):
+    change = both(drifting(0.1, start=(1, "q_rope")), without(tensor="logits"))
+    result, _ = compared(tmp_path, put(tmp_path / "a"), put(tmp_path / "b", change))
+    assert result.verdict is Verdict.MISMATCH
+    assert result.first_failure is not None
+    assert result.first_failure.tensor == "q_rope"
+
+
+def test_other_shapes_cannot_pass_but_other_rows_of_a_cache_can(tmp_path):
+    def cut(tensor: str, columns: slice, rows: slice = slice(None)) -> Change:
+        return lambda site, array: array[rows, columns] if site.tensor == tensor else array
+
+    left = put(tmp_path / "a")
+    result, _ = compared(tmp_path, left, put(tmp_path / "b", cut("q_proj", slice(1))))
+    assert result.verdict is Verdict.NOT_AVAILABLE
+    assert "the two sides have other shapes: layer 0 q_proj" in result.reason
+    result, _ = compared(tmp_path, left, put(tmp_path / "c", cut("k_cache", slice(None), slice(2, None))))
+    assert result.verdict is Verdict.NO_DRIFT
+    assert "the two sides keep other rows" in result.reports()["B3_66_V2_FINAL_REPORT.md"]
+
+
+def test_a_next_token_of_its_own_is_not_available_and_what_lies_before_it_is_compared(tmp_path):
+    mine, theirs = tuple(range(40)), (*range(6), 30, *range(7, 40))
+    left = put(tmp_path / "a", steps=2, edit=tokens(*mine))
+    result, left_out = compared(tmp_path, left, put(tmp_path / "b", steps=2, edit=tokens(*theirs)))
+    assert result.verdict is Verdict.NOT_AVAILABLE
+    assert "token 6 and token 30 at position 6 (each side chose its own next token)" in result.reason
+    assert left_out == ["prompt p0: token 6 and token 30 at position 6 (each side chose its own next token)"]
+    assert {r.logical_tok_idx for t in result.traces for r in t.records} == {5}
+
+
+def test_a_prefill_whose_fault_chose_another_token_is_found_before_it(tmp_path):
+    theirs = (*range(6), 30, *range(7, 40))
+    right = put(tmp_path / "b", drifting(0.1, arms=("P", "P'", "E1", "E7"), start=(1, "attn_out")), steps=2,
+                edit=tokens(*theirs))  # fmt: skip
+    result, _ = compared(tmp_path, put(tmp_path / "a", steps=2, edit=tokens(*range(40))), right)
+    assert verdicts(result) == {"p0.decode": Verdict.NOT_AVAILABLE, "p0.prefill": Verdict.MISMATCH}
+    assert result.verdict is Verdict.MISMATCH
+
+
+def test_one_prompt_with_a_token_of_its_own_makes_the_whole_not_available(tmp_path):
+    left, right = put(tmp_path / "a"), put(tmp_path / "b")
+    put(left, prompt="p1", edit=tokens(*range(40)))
+    put(right, prompt="p1", edit=tokens(*range(5), 30, *range(6, 40)))
+    result, _ = compared(tmp_path, left, right)
+    assert result.verdict is Verdict.NOT_AVAILABLE
+    assert verdicts(result)["p0.decode"] is Verdict.NO_DRIFT
+    assert "chose its own next token" in result.reason
+    done = CliRunner().invoke(group, ["compare", str(left), str(right), "--out", str(tmp_path / "o"), "--date", "d"])
+    assert done.exit_code == 3
+
+
+def test_the_command_counts_beside_the_verdict_what_was_not_compared(tmp_path):
+    left, right = put(tmp_path / "a"), put(tmp_path / "b", without(tensor="attn_norm"))
+    done = CliRunner().invoke(group, ["compare", str(left), str(right), "--out", str(tmp_path / "o"), "--date", "d"])
+    assert done.exit_code == 0, done.output
+    for phase in ("decode", "prefill"):
+        assert f"not compared:    2 of p0.{phase}: only the reference has this tap (layer 0 attn_norm" in done.output
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("place", ["a", "b", "a/traces", "a/traces/deep/er", ".", "link", "out/../b"])
+def test_a_comparison_never_takes_the_place_of_its_sides(tmp_path, place):
+    base = tmp_path / "base"
+    left, right = put(base / "a"), put(base / "b")
+    (base / "link").symlink_to(left)
+    before = files(base)
+    for sides in ((left, right), (left / "traces", right / "traces")):
+        with pytest.raises(OutputError, match=r"overwrite what it compares|is a link"):
+            compare(*sides, base / place)
+        assert files(base) == before
+
+
+@pytest.mark.parametrize("hidden", [".out.partial", ".out.old"])
+def test_nor_does_it_build_itself_where_a_side_lies(tmp_path, hidden):
+    left, right = put(tmp_path / hidden), put(tmp_path / "b")
+    before = files(tmp_path)
+    with pytest.raises(OutputError, match="overwrite what it compares"):
+        compared(tmp_path, left, right)
+    assert files(tmp_path) == before
+
+
+def test_a_run_is_not_replaced_by_a_comparison_but_a_comparison_is(tmp_path):
+    left, right, third = (put(tmp_path / name) for name in "abc")
+    before = files(third)
+    with pytest.raises(OutputError, match="holds a run"):
+        compare(left, right, third)
+    assert files(third) == before
+    for _ in range(2):
+        result, _ = compared(tmp_path, left, right)
+    assert result.verdict is Verdict.NO_DRIFT
+
+
+def small_sketches(trace: Trace) -> Trace:
+    """An edit: sketches of 16 sums."""
+    records = tuple(replace(r, sketch=None if r.sketch is None else r.sketch[:16]) for r in trace.records)
+    return replace(trace, header=replace(trace.header, sketch_size=16), records=records)
+
+
+def test_sketches_of_two_sizes_are_refused_with_both_sides_named(tmp_path):
+    left, right = put(tmp_path / "a"), put(tmp_path / "b", edit=small_sketches)
+    with pytest.raises(UsageError) as caught:
+        compared(tmp_path, left, right)
+    assert caught.value.what == "sketches of two sizes"
+    assert f"{left}: sketch_size 64; {right}: sketch_size 16" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sketches_of_another_size_on_both_sides_are_compared(tmp_path):
+    left, right = (put(tmp_path / name, edit=small_sketches) for name in "ab")
+    assert compared(tmp_path, left, right)[0].verdict is Verdict.NO_DRIFT
+
+
+def test_a_side_without_sketches_takes_the_others_size(tmp_path):
+    def bare(trace: Trace) -> Trace:
+        return replace(trace, records=tuple(replace(record, sketch=None) for record in trace.records))
+
+    left, right = put(tmp_path / "a", edit=bare), put(tmp_path / "b", edit=small_sketches)
+    assert compared(tmp_path, left, right)[0].verdict is Verdict.NO_DRIFT
+
+
+def test_the_command_speaks_of_reference_and_candidate(tmp_path):
+    left, right = put(tmp_path / "a"), put(tmp_path / "b")
+    done = CliRunner().invoke(group, ["compare", str(left), str(right), "--out", str(tmp_path / "o"), "--date", "d"])
+    assert "verdict: NO_DRIFT — reference and candidate agree bit for bit" in done.output
+    done = CliRunner().invoke(group, ["analyze", str(left)])
+    assert "verdict: NO_DRIFT — prefill and decode agree bit for bit" in done.output
+
+
+def test_sides_that_name_their_prompts_tokens_alone_are_compared(tmp_path):
+    left, right = (put(tmp_path / name, edit=tokens(*range(5))) for name in "ab")
+    result, _ = compared(tmp_path, left, right)
+    assert result.verdict is Verdict.NO_DRIFT
+    assert result.traces[0].header.prompt_len == 5

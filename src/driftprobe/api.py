@@ -11,7 +11,15 @@ from datetime import date as calendar
 from pathlib import Path
 from typing import Any
 
-from driftprobe.artifacts import Layout, check_place, copy_run, keep_other_modes, staged, write_reports
+from driftprobe.artifacts import (
+    Layout,
+    check_comparison_place,
+    check_place,
+    copy_run,
+    keep_other_modes,
+    staged,
+    write_reports,
+)
 from driftprobe.boundaries import LONGEST, Boundaries
 from driftprobe.boundaries import boundaries as derive
 from driftprobe.capture import CaptureOptions, capture, choose_tokens, trace_name
@@ -189,8 +197,10 @@ def compare(left: str | Path, right: str | Path, root: Path, *, date: str = "") 
     """Compare two runs, prefill with prefill and decode with decode, and write traces and reports into `root`.
 
     `left` and `right` are folders as `analyze` takes them. Returns the verdict, and a line for each prompt that could
-    not be compared. Raises UsageError where nothing could, TraceError for a trace that breaks the format.
+    not be compared. Raises UsageError where nothing could, OutputError where `root` overlaps a side or holds another
+    run than an earlier comparison, TraceError for a trace that breaks the format.
     """
+    check_comparison_place(root, [Path(left), Path(right)])
     sides = [side_of(Path(folder), load_traces(Path(folder)), traces_folder(Path(folder))) for folder in (left, right)]
     with staged(root) as stage:
         left_out = write_comparison(sides[0], sides[1], stage, date, root.as_posix())

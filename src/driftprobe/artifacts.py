@@ -77,9 +77,31 @@ def check_place(root: Path) -> None:
             raise PermissionError(13, "Permission denied")
 
 
+def check_comparison_place(root: Path, sides: Iterable[Path]) -> None:
+    """Raise OutputError where a comparison would take the place of one of its sides, or of a run of its own."""
+    for side in map(Path.resolve, sides):
+        for taken in map(Path.resolve, (root, stage_of(root), _old_of(root))):
+            if taken == side or taken in side.parents or side in taken.parents:
+                raise OutputError(
+                    "the comparison would overwrite what it compares", where=str(root), measured=f"overlaps {side}",
+                    allowed="a folder beside both sides", next_step="choose another --name or --out",
+                )  # fmt: skip
+    for path in sorted((root / "traces").glob("*.jsonl")):
+        header = read_header(path)
+        if header is None or not {"reference", "candidate"} <= set(header.labels):
+            raise OutputError(
+                "the output folder holds a run", where=str(root), measured=path.name,
+                allowed="nothing yet, or an earlier comparison", next_step="choose another --name or --out",
+            )  # fmt: skip
+
+
 def stage_of(root: Path) -> Path:
     """Return the folder beside `root` in which a run is built."""
     return root.with_name(f".{root.name}.partial")
+
+
+def _old_of(root: Path) -> Path:
+    return root.with_name(f".{root.name}.old")
 
 
 @contextmanager
@@ -101,7 +123,7 @@ def staged(root: Path) -> Iterator[Layout]:
         shutil.rmtree(stage, ignore_errors=True)
         raise
     with written(root):
-        old = root.with_name(f".{root.name}.old")
+        old = _old_of(root)
         if old.exists():
             shutil.rmtree(old)
         if root.exists():

@@ -111,7 +111,7 @@ def pair(trace: Trace, reference: str, candidate: str, payloads: PayloadSource) 
     surplus = {(p.step, p.layer): _surplus(p, d) for p, d in found if p.tensor == "attn_scores"}
 
     def drift(p: Record, d: Record) -> Drift:
-        if _same_shape(p, d):
+        if same_shape(p, d):
             return drift_between(p, d, payloads)
         shown = p.tensor in CACHE_TAPS and surplus.get((p.step, p.layer)) == _surplus(p, d)
         return _drift_of_common_rows(p, d, payloads) if shown else Drift(math.inf, "moments")
@@ -149,7 +149,7 @@ def _matches(left: list[Record], right: list[Record]) -> list[tuple[Record, Reco
     alone = [record for record in left if id(record) not in taken]
     if len(alone) == len(rest) == 1 and None in (alone[0].logical_tok_idx, rest[0].logical_tok_idx):
         pairs.append((alone[0], rest[0]))
-    return [(p, d) for p, d in pairs if _same_shape(p, d) or _other_extent(p, d)]
+    return [(p, d) for p, d in pairs if same_shape(p, d) or other_extent(p, d)]
 
 
 def _left_over(records: _ByPlace, taken: set[int]) -> tuple[Record, ...]:
@@ -166,7 +166,8 @@ def _order(record: Record) -> tuple[int, ExecutionOrder, int]:
     )
 
 
-def _same_shape(left: Record, right: Record) -> bool:
+def same_shape(left: Record, right: Record) -> bool:
+    """Whether two records have one shape; a record that names none cannot disagree."""
     return left.shape is None or right.shape is None or left.shape == right.shape
 
 
@@ -174,7 +175,7 @@ _ROWS_AXIS = {"k_cache": 0, "v_cache": 0, "attn_scores": -1, "attn_probs": -1}
 """Taps with a row, or a column, for each position that the step sees: one side may see more than the other."""
 
 
-def _other_extent(left: Record, right: Record) -> bool:
+def other_extent(left: Record, right: Record) -> bool:
     """Whether two records differ in shape by the number of positions seen, and by nothing else."""
     axis = _ROWS_AXIS.get(left.tensor)
     if axis is None or not left.shape or not right.shape or len(left.shape) != len(right.shape):

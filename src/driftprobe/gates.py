@@ -11,7 +11,7 @@ from driftprobe.fingerprint import UNIT_ROUNDOFF
 from driftprobe.floor import UNKNOWN_DTYPE, Controls, Floors, innocent
 from driftprobe.judgement import Cell, Determinism, Gate, Status
 from driftprobe.taps import BY_NAME, CACHE_TAPS, PATHS, STATE_TAPS, execution_order, place
-from driftprobe.trace import FAILED, OTHER_TOKEN, Event, Record, Trace
+from driftprobe.trace import CANNOT_PASS, FAILED, OTHER_TOKEN, Event, Record, Trace
 
 SHOWN = 3
 """How many culprits a gate names before it counts the rest."""
@@ -51,7 +51,7 @@ def pass_gates(evidence: Evidence) -> tuple[Gate, ...]:
     return (
         _complete(evidence.trace),
         _ran(evidence.trace),
-        _compared(evidence.decode),
+        _compared(evidence),
         _paired(evidence.unpaired),
         _same_token(evidence),
         _embed(evidence),
@@ -84,10 +84,23 @@ def _ran(trace: Trace) -> Gate:
     return Gate("ran", not failed, _listed(failed) or "no arm says that it failed")
 
 
-def _compared(decode: Pairing) -> Gate:
-    """The embedding is not counted: it shows that both sides had the same token, not what they made of it."""
-    count = sum(pair.reference.tensor != "embed" for pair in decode.matched)
-    return Gate("compared", count > 0, f"{count} pairs of prefill and decode" if count else "nothing was compared")
+def _compared(evidence: Evidence) -> Gate:
+    """The embedding is not counted: it shows that both sides had the same token, not what they made of it.
+
+    Where a comparison says why it cannot pass, a failure in what was compared counts all the same.
+    """
+    count = sum(pair.reference.tensor != "embed" for pair in evidence.decode.matched)
+    doubts = [_doubt(event) for event in evidence.trace.events if event.event.startswith(CANNOT_PASS)]
+    if not count:
+        return Gate("compared", False, _listed(["nothing was compared", *doubts]))
+    if doubts and all(cell.status is not Status.FAIL for cell in evidence.cells):
+        return Gate("compared", False, _listed(doubts))
+    return Gate("compared", True, f"{count} pairs of prefill and decode")
+
+
+def _doubt(event: Event) -> str:
+    words, places = event.event.removeprefix(CANNOT_PASS), list(event.measured)
+    return words if not places else f"{words}: {', '.join(places[:SHOWN])}{', …' if len(places) > SHOWN else ''}"
 
 
 def _paired(left: Sequence[Record]) -> Gate:

@@ -29,6 +29,8 @@ CACHE_BEYOND = "cache_beyond"
 """Event of mode `paths`: position -> how many rows too many the cache held for the call that computed it last."""
 LEFT_OUT = "not compared: "
 """How the events of mode `paths` begin that count, by tap, in how many calls something fired that has no pair."""
+CANNOT_PASS = "cannot pass: "
+"""How the events of mode `paths` begin that say why pairs without a failure are no pass; `measured` counts by tap."""
 MAX_LINE = 64 * 1024 * 1024
 """Bytes of the longest line that is read: a K row hash for each of 2 million positions fits."""
 

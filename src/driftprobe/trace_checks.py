@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from driftprobe.fingerprint import DTYPES, SKETCH_BLOCK, SKETCH_SIZE
@@ -107,12 +107,28 @@ def name_fault(field_name: str, value: str) -> Fault | None:
 
 
 def header_faults(header: Header) -> list[Fault]:
-    """Return what is wrong with a header (M6, M7)."""
+    """Return what is wrong with a header (M6, M7, M24)."""
     faults = [name_fault("prompt", header.prompt), name_fault("mode", header.mode)]
     if not 1 <= header.sketch_size <= SKETCH_BLOCK:
         faults.append(("impossible sketch size", str(header.sketch_size), f"1 to {SKETCH_BLOCK}",
                        f"write {SKETCH_SIZE}; leave `sketch` out of the records where there is none"))  # fmt: skip
+    negative = [f"{name} {number}" for name, number in _header_counts(header) if number < 0]
+    if negative:
+        faults.append(("negative count in the header", ", ".join(negative[:5]), "0 or more", "write what was run"))
+    if header.token_ids and header.prompt_len > len(header.token_ids):
+        faults.append(("prompt longer than its tokens", f"prompt_len {header.prompt_len}, {len(header.token_ids)} "
+                       "token_ids", "prompt_len of token_ids or fewer", "count the prompt's own tokens"))  # fmt: skip
     return [fault for fault in faults if fault is not None]
+
+
+def _header_counts(header: Header) -> Iterator[tuple[str, int]]:
+    engine = header.engine
+    yield from (("prompt_len", header.prompt_len), ("steps", header.steps))
+    for name in ("layers", "heads", "kv_heads", "vocabulary", "max_positions"):
+        yield f"engine.{name}", getattr(engine, name)
+    yield from ((f"layer of {tensor}", layer) for tensor, layers in header.taps.items() for layer in layers)
+    for read in header.reads:
+        yield from ((f"step of a read of {read.arm}", read.step), (f"position of a read of {read.arm}", read.position))
 
 
 _DECODE = re.compile("decode([0-9]{1,9})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from datetime import date as calendar
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from rich.console import Console
 from driftprobe.api import compare
 from driftprobe.artifacts import place_of
 from driftprobe.cli.show import show
+from driftprobe.trace import LEFT_OUT, Trace
 
+_SHOWN = 3
+"""How many taps are named that share a reason; the report has more, the trace all."""
 _EPILOG = """\b
 Examples:
   driftprobe compare artifacts/2026-02-07/hf artifacts/2026-02-07/mine
@@ -41,5 +45,18 @@ def command(traces_a: Path, traces_b: Path, date: str | None, name: str, out: Pa
     labels = result.traces[0].header.labels
     console.print(f"reference: {labels['reference']}   candidate: {labels['candidate']}", style="dim", soft_wrap=True)
     code = show(result, console)
+    for line in _left_out(result.traces):
+        console.print(line, style="yellow", soft_wrap=True)
     console.print(f"  {'report:':<17}{(root / 'B3_66_V2_FINAL_REPORT.md').as_posix()}", soft_wrap=True)
     click.get_current_context().exit(code)
+
+
+def _left_out(traces: Iterable[Trace]) -> Iterator[str]:
+    """Yield how many records had no partner in each comparison, by reason."""
+    for trace in traces:
+        for event in trace.events:
+            if event.event.startswith(LEFT_OUT):
+                records, taps = sum(event.measured.values()), list(event.measured)
+                which = ", ".join(taps[:_SHOWN]) + (", …" if len(taps) > _SHOWN else "")
+                reason = event.event.removeprefix(LEFT_OUT)
+                yield f"  {'not compared:':<17}{records} of {trace.header.prompt}: {reason} ({which})"

@@ -11,6 +11,7 @@ from driftprobe.api import Result
 from driftprobe.errors import TraceError
 from driftprobe.judgement import Impact, Judgement, ModeJudgement, Status, Verdict
 from driftprobe.report.ladder import ladder_words
+from driftprobe.taps import PATHS
 
 EXIT_CODES = {
     Verdict.NO_DRIFT: 0,
@@ -37,13 +38,19 @@ def show(result: Result, console: Console) -> int:
     judgement = result.judgement
     console.print(_modes(judgement))
     verdict = judgement.verdict
-    line = Text("verdict: ").append(verdict.value, _STYLES[verdict]).append(f" — {_MEANING[verdict]}")
+    line = Text("verdict: ").append(verdict.value, _STYLES[verdict]).append(f" — {_meaning(judgement)}")
     console.print(line, soft_wrap=True)
     for label, text in _lines(result):
         console.print(Text(f"  {label + ':':<17}{text}"), soft_wrap=True)
     for error in _incomplete(judgement):
         click.echo(str(error), err=True)
     return EXIT_CODES[verdict]
+
+
+def _meaning(judgement: Judgement) -> str:
+    """Return the verdict in words; two paths or two engines are a reference and a candidate, not prefill and decode."""
+    words = _MEANING[judgement.verdict]
+    return words.replace("prefill and decode", "reference and candidate") if set(judgement.modes) == {PATHS} else words
 
 
 def _incomplete(judgement: Judgement) -> list[TraceError]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ import msgspec
 from driftprobe.engines.base import BUILTIN, Constant, Recorded
 from driftprobe.errors import DriftprobeError, EngineError, ModelError, UsageError
 from driftprobe.faults import Expected
-from driftprobe.fingerprint import CAST_ROUNDOFF, UNIT_ROUNDOFF
+from driftprobe.fingerprint import CAST_ROUNDOFF, SKETCH_SIZE, UNIT_ROUNDOFF
 from driftprobe.payload import Payloads
 from driftprobe.plan import ARMS, KNOBS, Arm, Mode, Plan, Prompt
 from driftprobe.trace import CONSTANTS, FAILED, EngineFacts, Event, Record, Trace, read_trace
@@ -40,6 +41,10 @@ PLACEHOLDERS = ("model", "prompt", "prompt_file", "prompt_len", "tokens", "phase
 """What may stand in the command between braces; docs/engines.md says what each becomes."""
 _BRACES = re.compile(r"\{([A-Za-z_]*)\}")
 _LAST_LINES = 5
+_TAIL = 1 << 20
+"""Bytes of one call's output that go to the log: its last ones."""
+_SHOWN = 16
+"""How many token ids a message shows."""
 _PHASES = {"P": "prefill_last", "D": "decode", "A": "decode", "E": "prefill_ext"}
 """First letter of an arm -> what `{phase}` becomes."""
 
@@ -111,6 +116,12 @@ def _faults(program: Program) -> Iterator[tuple[str, str]]:
         yield f"unknown placeholder {{{sorted(used - set(PLACEHOLDERS))[0]}}}", ", ".join(PLACEHOLDERS)
     if {"out", "tokens", "arm"} - used:
         yield f"no {{{sorted({'out', 'tokens', 'arm'} - used)[0]}}} in the command", "{arm}, {tokens} and {out} in it"
+    texts = (*program.command, *program.environment, *program.environment.values())
+    if any("\0" in text for text in texts):
+        yield "a NUL character in the command or its environment", "text without it"
+    odd = [name for name in program.environment if not name or "=" in name]
+    if odd:
+        yield f"environment variable {odd[0]!r}", "a name without '='"
     if not {"P", "D"} <= set(program.arms) <= set(ARMS):
         yield f"arms {', '.join(program.arms)}", f"P, D, and any of {', '.join(ARMS)}"
     if not set(program.knobs) <= set(KNOBS):
@@ -204,9 +215,11 @@ class CommandEngine:
         return chosen[len(token_ids) :]
 
     def begin(self, plan: Plan) -> None:
-        """Take a plan's prompt, mode and seed for the calls that follow."""
+        """Take a plan's prompt, mode and seed for the calls that follow; what earlier calls left is removed."""
         self._plan = plan
         self._made.clear()
+        for place in Path(self._temporary.name).iterdir():
+            shutil.rmtree(place, ignore_errors=True)
 
     def said(self) -> list[str]:
         """Return what the program printed since this was last asked."""
@@ -265,7 +278,7 @@ class CommandEngine:
             trace, failure = _read(out, arm, tokens)
         if failure and lines:
             failure += f"; its last lines: {' | '.join(lines[-_LAST_LINES:])}"
-        return Call(arm, failure[:2000], trace, Payloads(out.parent))
+        return Call(arm, failure[:2000], trace, Payloads(out.parent), shlex.join(command), tuple(tokens))
 
     def _values(self, arm: str, tokens: Sequence[int], layers: frozenset[int] | None, place: Path) -> Mapping[str, str]:
         plan, traces = self._plan, place / "traces"
@@ -288,9 +301,12 @@ class CommandEngine:
         }
 
     def _error(self, call: Call) -> EngineError:
+        some = f"{' '.join(map(str, call.tokens[:_SHOWN]))}{' …' if len(call.tokens) > _SHOWN else ''}"
         return EngineError(
             "the program failed", where=f"{self.program.name}, arm {call.arm}", measured=call.failure,
-            allowed="exit code 0 and a whole trace", next_step="run the command above by hand, and see docs/engines.md",
+            allowed="exit code 0 and a whole trace",
+            next_step=f"see docs/engines.md, and run it by hand in {self.folder} with a {{tokens}} file of {some}: "
+            f"{call.command}",
         )  # fmt: skip
 
 
@@ -303,6 +319,9 @@ class Call:
     """Empty, or why there is no trace."""
     _trace: Trace | None
     payloads: Payloads
+    command: str
+    """As a shell would take it."""
+    tokens: tuple[int, ...]
 
     @property
     def trace(self) -> Trace:
@@ -334,8 +353,15 @@ def _run(command: list[str], folder: Path, program: Program, output: Path) -> tu
             failure = f"{command[0]} was still running after {program.time_limit:g} s (time_limit)"
         finally:
             _end(process)
-    text = output.read_bytes()[-(1 << 20) :].decode("utf-8", errors="replace")
-    return failure, [line.rstrip() for line in text.splitlines() if line.strip()]
+    return failure, _tail(output)
+
+
+def _tail(output: Path) -> list[str]:
+    """Return the lines at the end of what a program printed, however much that is."""
+    with output.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+        text = file.read(_TAIL).decode("utf-8", errors="replace")
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
 
 
 def _ending(code: int) -> str:
@@ -376,6 +402,8 @@ def _disagreement(records: Sequence[Record], arm: str, tokens: Sequence[int]) ->
     if not own:
         return "its trace holds no record"
     for record in own:
+        if record.sketch is not None and len(record.sketch) != SKETCH_SIZE:
+            return f"its trace has sketch_size {len(record.sketch)}; {SKETCH_SIZE} is needed"
         if record.arm != arm:
             return f"asked for arm {arm}, it wrote a record of arm {record.arm} ({record.tensor})"
         at = record.logical_tok_idx

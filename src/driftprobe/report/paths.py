@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from driftprobe.judgement import Judgement, Verdict
 from driftprobe.report.text import blocks, bullets, code, count, prose, table
 from driftprobe.taps import BY_NAME, PATHS, place
-from driftprobe.trace import LEFT_OUT, Trace
+from driftprobe.trace import CANNOT_PASS, LEFT_OUT, Trace
 
 SHOWN = 6
 """How many taps are named that share a reason; the trace has all."""
@@ -30,11 +30,10 @@ def _of_trace(trace: Trace) -> str:
             f"{count(counts['moved'], 'row')} of the candidate stand, by their tokens, at another position than its "
             "calls named: they are compared where the tokens are"
         )
-    rows = [
-        (prose(event.event.removeprefix(LEFT_OUT)), str(len(event.measured)), _names(list(event.measured)))
-        for event in trace.events
-        if event.event.startswith(LEFT_OUT)
-    ]
+    told = [(event.event.removeprefix(LEFT_OUT).removeprefix(CANNOT_PASS), event.measured) for event in trace.events
+            if event.event.startswith((LEFT_OUT, CANNOT_PASS))]  # fmt: skip
+    lines += [prose(reason) for reason, taps in told if not taps]
+    rows = [(prose(reason), str(len(taps)), _names(list(taps))) for reason, taps in told if taps]
     table_ = (
         table(("Not compared because", "Taps", "Which"), rows, "lrl") if rows else "Every tap that fired has pairs."
     )
