@@ -1,4 +1,4 @@
-"""remote.py where a run breaks off: whose the lock is, what is ended, what goes on, and what is said, on a real sshd."""
+"""remote.py where a run breaks off, on a real sshd: whose the lock is, what is ended, what goes on, what is said."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_the_lock_is_made_with_its_content(tmp_path, monkeypatch):
     with pytest.raises(EngineError):
         run_there(node(tmp_path, "true"), [], at_home(tmp_path), silent)
     kept = json.loads((tmp_path / "d/.n.remote/task.json").read_text(encoding="utf-8"))
-    assert os.readlink(tmp_path / "there/lock").startswith(kept["id"] + " ")
+    assert str((tmp_path / "there/lock").readlink()).startswith(kept["id"] + " ")
 
 
 def test_a_lock_of_ones_own_earlier_run_says_which(tmp_path, monkeypatch):
@@ -137,8 +137,9 @@ def test_another_prompt_file_or_folder_is_another_run(tmp_path, monkeypatch, cha
             run_there(where, [], at_home(tmp_path), silent, prompts='{"a": [1]}')
     if changed == "folder":
         where = type(where)(where.host, where.command, str(tmp_path / "elsewhere"))
+    again = '{"a": [2]}' if changed == "prompts" else '{"a": [1]}'
     with pytest.raises(UsageError, match="another remote run of this place"):
-        run_there(where, [], at_home(tmp_path), silent, prompts='{"a": [%d]}' % (2 if changed == "prompts" else 1))
+        run_there(where, [], at_home(tmp_path), silent, prompts=again)
 
 
 def test_a_damaged_note_is_named(tmp_path):
@@ -196,7 +197,7 @@ def test_a_process_that_has_got_the_runs_id_is_left_alone(tmp_path):
         def told(line: str) -> None:
             if line == "go":
                 run = next((tmp_path / "there/runs").iterdir())
-                assert waited(lambda: (run / "pid").exists())
+                assert waited((run / "pid").exists)
                 (run / "pid").write_text(f"{other.pid}\n", encoding="utf-8")
                 raise KeyboardInterrupt
 

@@ -108,10 +108,10 @@ below='{up[$1]=$2} END {for (a in up) {n=0; for (b=a; b != root && (b in up) && 
 mine=
 for q in $p $(table | awk -v root="$p" "$below"); do mine="$mine $q:$(stamp "$q")"; done
 still() { for m in $mine; do lives "${m%%:*}" "${m#*:}" && return 0; done; return 1; }
-kill -TERM -- "-$p" 2>/dev/null || kill -TERM "$p" 2>/dev/null
+kill -s TERM -- "-$p" 2>/dev/null || kill -s TERM "$p" 2>/dev/null
 i=0; while still && [ "$i" -lt "$patience" ]; do sleep 0.2; i=$((i + 1)); done
 still || exit 0
-for m in $mine; do lives "${m%%:*}" "${m#*:}" && kill -KILL "${m%%:*}" 2>/dev/null; done
+for m in $mine; do lives "${m%%:*}" "${m#*:}" && kill -s KILL "${m%%:*}" 2>/dev/null; done
 i=0; while still && [ "$i" -lt 10 ]; do sleep 0.2; i=$((i + 1)); done
 still || exit 0
 for m in $mine; do lives "${m%%:*}" "${m#*:}" && echo "process ${m%%:*} did not end" >&2; done
