@@ -48,8 +48,8 @@ def _free_port() -> int:
 
 
 @contextmanager
-def sshd(folder: Path) -> Iterator[Sshd]:
-    """Start a server that lets the client's key in, and nothing else."""
+def sshd(folder: Path, extra: str = "") -> Iterator[Sshd]:
+    """Start a server that lets the client's key in, and nothing else; `extra` is more of its configuration."""
     if SSHD is None or shutil.which("ssh") is None:
         pytest.skip("no sshd on this machine: install Debian's openssh-server")
     for name in ("host", "client", "stranger"):
@@ -59,7 +59,7 @@ def sshd(folder: Path) -> Iterator[Sshd]:
     (folder / "sshd_config").write_text(
         f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\n"
         f"PidFile {folder}/pid\nStrictModes no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-        "UsePAM no\nPermitRootLogin yes\nLogLevel ERROR\n",
+        f"UsePAM no\nPermitRootLogin yes\nLogLevel ERROR\n{extra}",
         encoding="utf-8",
     )
     host_key = (folder / "host.pub").read_text(encoding="utf-8").split()

@@ -24,17 +24,21 @@ def unpack(archive: Path, folder: Path, *, max_bytes: int = MAX_BYTES) -> list[s
     tar archive.
     """
     names: list[str] = []
+    seen: set[str] = set()
     total = 0
     try:
         with tarfile.open(archive, "r:") as tar:
-            for member in tar:
+            for count, member in enumerate(tar, 1):
+                total += member.size
+                if total > max_bytes or count > MAX_FILES:
+                    raise _refused(archive, f"more than {max_bytes} bytes, or {MAX_FILES} members")
                 name = member.name.removeprefix("./")
                 if member.isdir() and name in {".", "", "traces", "traces/payloads", "run"}:
                     continue
                 if name.endswith(".part") and member.isfile():
                     continue  # what a broken run had not finished
-                total += member.size
-                _check(archive, member, name, names, total, max_bytes)
+                _check(archive, member, name, seen)
+                seen.add(name)
                 names.append(name)
                 _write(tar, member, folder / name)
     except (tarfile.TarError, EOFError, ValueError) as error:
@@ -42,15 +46,13 @@ def unpack(archive: Path, folder: Path, *, max_bytes: int = MAX_BYTES) -> list[s
     return names
 
 
-def _check(archive: Path, member: tarfile.TarInfo, name: str, names: list[str], total: int, max_bytes: int) -> None:
+def _check(archive: Path, member: tarfile.TarInfo, name: str, seen: set[str]) -> None:
     if not member.isreg() or member.issparse():
         raise _refused(archive, f"{name!r} is not a plain file")
     if not _ALLOWED.fullmatch(name):
         raise _refused(archive, f"a file named {name!r}")
-    if name in names:
+    if name in seen:
         raise _refused(archive, f"{name!r} stands there twice")
-    if total > max_bytes or len(names) >= MAX_FILES:
-        raise _refused(archive, f"more than {max_bytes} bytes, or {MAX_FILES} files")
 
 
 def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib import import_module
+from types import FrameType
 
 import click
 
@@ -62,6 +64,7 @@ def group() -> None:
 
 def main() -> None:
     """Run the command line; every known error becomes its five-part message and exit code."""
+    _end_as_if_interrupted()
     try:
         code = group(prog_name="driftprobe", standalone_mode=False)
     except click.ClickException as error:
@@ -79,6 +82,17 @@ def main() -> None:
         click.echo(str(_unforeseen(error)), err=True)
         sys.exit(EngineError.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _end_as_if_interrupted() -> None:
+    """Let SIGTERM and SIGHUP end a run like Ctrl-C: an engine then ends the program that it has started."""
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) is signal.SIG_DFL:  # ignored, by nohup say, it stays ignored
+            signal.signal(number, end)
 
 
 def _unforeseen(error: Exception) -> EngineError:

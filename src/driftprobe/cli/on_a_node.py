@@ -15,7 +15,8 @@ from driftprobe.artifacts import write_reports
 from driftprobe.cli.show import show
 from driftprobe.errors import UsageError
 from driftprobe.prompts import read_prompt_file
-from driftprobe.remote import Node, check_host, plan_of, run_there
+from driftprobe.remote import plan_of, run_there
+from driftprobe.remote_ssh import Node, check_host
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 PROGRESS = "progress: "
@@ -31,6 +32,7 @@ _OURS = {
     "quiet",
     "progress",
     "prompt_file",
+    "unshown",
 }
 
 
@@ -43,6 +45,7 @@ def node_options(command: _F) -> _F:
                          help="How driftprobe is called there."),
             click.option("--remote-folder", default="", help="Folder there for runs and lock. Default: ~/.driftprobe."),
             click.option("--dry-run", is_flag=True, help="With --host: print what would be done, and do nothing."),
+            click.option("--unshown", is_flag=True, hidden=True, help="Show no verdict: it is shown where --host was."),
         )
     ):  # fmt: skip
         command = option(command)

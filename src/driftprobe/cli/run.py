@@ -17,14 +17,14 @@ from driftprobe.artifacts import check_place, place_of, stage_of
 from driftprobe.boundaries import LONGEST, Boundaries
 from driftprobe.cli.engine_options import engine_options, opened
 from driftprobe.cli.on_a_node import PROGRESS, node_options, run_on_node
-from driftprobe.cli.show import show
+from driftprobe.cli.show import EXIT_CODES, show
 from driftprobe.engines.base import Engine
 from driftprobe.errors import UsageError
 from driftprobe.faults import find_fault
 from driftprobe.options import RunOptions, parse_mode
 from driftprobe.plan import Prompt
 from driftprobe.prompts import LENGTHS, boundary_prompts, make_prompt, make_prompts, read_prompt_file
-from driftprobe.remote import Node
+from driftprobe.remote_ssh import Node
 
 PROGRESSES = ("auto", "lines", "none")
 _EPILOG = """\b
@@ -94,6 +94,7 @@ def command(
     remote_command: str,
     remote_folder: str,
     dry_run: bool,
+    unshown: bool,
     progress: str,
     quiet: bool,
 ) -> None:
@@ -133,6 +134,8 @@ def command(
             _show_boundaries(found, console)
             chosen += boundary_prompts(found, loaded)
         result = run(loaded, chosen, options, root, told)
+    if unshown:
+        click.get_current_context().exit(EXIT_CODES[result.verdict])
     facts = loaded.facts
     console.print(f"{facts.model}  {facts.dtype}  {facts.attention}  {facts.version}", style="dim", soft_wrap=True)
     if fault is not None:
