@@ -6,7 +6,7 @@
     python -m benchmarks.llamacpp_table callback   time of a call with the evaluation callback, as a ratio
 
 `--quick` prints a part of each. Each prints a Markdown table and exits with 1 where a row is not what it must be: no
-MISMATCH and no N/A without a fault, MISMATCH with one. Needs `pip install 'driftprobe[llamacpp]'`.
+MISMATCH and no N/A without a fault, MISMATCH with one. Needs `pip install -e '.[llamacpp]'`.
 """
 
 from __future__ import annotations

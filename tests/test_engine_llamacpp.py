@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 for library in ("llama_cpp", "gguf"):
-    pytest.importorskip(library, reason="llama.cpp is not installed: pip install 'driftprobe[llamacpp]'")
+    pytest.importorskip(library, reason="llama.cpp is not installed: pip install -e '.[llamacpp]'")
 
 import llama_cpp
 
@@ -131,7 +131,7 @@ def test_recomputed_scores_give_the_engines_own_context(folder, flash):
 
 
 def test_the_same_weights_in_transformers_give_the_same_logits(engine):
-    pytest.importorskip("torch", reason="transformers are not installed: pip install 'driftprobe[hf]'")
+    pytest.importorskip("torch", reason="transformers are not installed: pip install -e '.[hf]'")
     from driftprobe.engines.hf.engine import HFEngine
     from driftprobe.engines.hf.loading import load
 

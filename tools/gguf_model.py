@@ -6,7 +6,7 @@
 
 Rows of the built-in model have 192 elements, and a K-quant's block has 256: llama.cpp keeps those matrices in another
 type. `--random` writes an untrained Llama of width 256 instead, for types that need it. F32 is written with the gguf
-library; all other types are made from it by llama.cpp itself. Needs `pip install 'driftprobe[llamacpp]'`.
+library; all other types are made from it by llama.cpp itself. Needs `pip install -e '.[llamacpp]'`.
 """
 
 from __future__ import annotations

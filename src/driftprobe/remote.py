@@ -268,7 +268,7 @@ def _failed(node: Node, code: int, last: str, place: str) -> EngineError:
         return EngineError(
             "driftprobe is not there", where=f"{node.host}: {node.command}", measured=last or f"exit code {code}",
             allowed="driftprobe on the node's PATH",
-            next_step="install it there (pip install driftprobe), or say where it is: "
+            next_step="install it there (pip install -e . in a checkout), or say where it is: "
             "--remote-command /path/to/venv/bin/driftprobe",
         )  # fmt: skip
     return EngineError(

@@ -12,7 +12,7 @@ shift 3
 here=$(cd "$(dirname "$0")/../.." && pwd)
 probe=$(command -v driftprobe || echo "$here/.venv/bin/driftprobe")
 if [ ! -x "$probe" ]; then
-    echo "error: driftprobe is not installed; run \`make demo\` in $here once, or pip install 'driftprobe[hf]'" >&2
+    echo "error: driftprobe is not installed; run \`make demo\` in $here once, or pip install -e '.[hf]'" >&2
     exit 2
 fi
 if [ "$node" != local ]; then set -- --host "$node" "$@"; fi

@@ -33,14 +33,14 @@ ENGINES: dict[str, Entry] = {
     "hf": Entry(
         "driftprobe.engines.hf",
         ("torch", "transformers"),
-        "pip install 'driftprobe[hf]'",
+        "pip install -e '.[hf]'",
         "Hugging Face transformers: a local model folder, builtin:tiny, or a model object",
         ("dtype", "attn"),
     ),
     "llamacpp": Entry(
         "driftprobe.engines.llamacpp",
         ("llama_cpp", "gguf"),
-        "pip install 'driftprobe[llamacpp]'",
+        "pip install -e '.[llamacpp]'",
         "llama.cpp through llama-cpp-python: a GGUF file, on the CPU",
         ("flash_attn", "cache_type", "threads"),
     ),
