@@ -150,8 +150,6 @@ def _adopted(
     record, at = item.record, item.record.logical_tok_idx
     token = tokens[at] if record.token_id is None and at is not None else record.token_id
     record = replace(record, prompt=plan.prompt.name, token_id=token, payload=None)
-    if record.sketch is not None and len(record.sketch) != header.sketch_size:
-        record = replace(record, sketch=None)
     return _with_payload(record, item.array, plan, header, kept)
 
 

@@ -95,6 +95,8 @@ class Connection:
     def __init__(self, node: Node, sockets: str, told: Told) -> None:
         self.node, self._told, self._command = node, told, ssh_command(node.host, sockets)
         self._mark = f"driftprobe-{secrets.token_hex(8)}\n".encode()
+        self.said = b""
+        """What the client said on its error stream in the last `stream`."""
 
     def run(self, script: str) -> str:
         """Run a script and return what it prints. A dropped connection is tried again; any other failure raises."""
@@ -121,8 +123,6 @@ class Connection:
                 return code
             if not self._again(LOST, self.said, waits.pop(0) if waits else None):
                 raise self.error(LOST, b"", self.said)
-
-    said = b""
 
     def _stream_once(self, script: str, sink: Callable[[bytes], bool]) -> tuple[bool, int]:
         """Returns whether anything came, and the exit code; 0 where the sink had enough."""

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from driftprobe.api import Progress as ToldStep
-from driftprobe.api import Step, builtin_prompts, find_boundaries, run
+from driftprobe.api import Result, Step, builtin_prompts, find_boundaries, run
 from driftprobe.artifacts import check_place, place_of, stage_of
 from driftprobe.boundaries import LONGEST, Boundaries
 from driftprobe.cli.engine_options import engine_options, opened
@@ -116,11 +116,8 @@ def command(
         with _told("none" if quiet else progress, f"connecting to {host}") as told:
             code = run_on_node(click.get_current_context(), node, root, prompt_file, dry_run, told)
         click.get_current_context().exit(code)
-    if dry_run:
-        raise UsageError("nothing to run dry", where="--dry-run", measured="no --host", allowed="only with --host",
-                         next_step="add --host, or leave --dry-run out")  # fmt: skip
+    _check_dry(dry_run)
     check_place(root)
-    console = Console(highlight=False)
     if self_test:
         from driftprobe.cli.self_test import run_and_show
 
@@ -131,18 +128,28 @@ def command(
         chosen = _prompts(loaded, prompts, texts, prompt_file)
         if boundaries:
             found = find_boundaries(loaded, steps, longest)
-            _show_boundaries(found, console)
+            _show_boundaries(found, Console(highlight=False))
             chosen += boundary_prompts(found, loaded)
         result = run(loaded, chosen, options, root, told)
-    if unshown:
-        click.get_current_context().exit(EXIT_CODES[result.verdict])
-    facts = loaded.facts
+    click.get_current_context().exit(EXIT_CODES[result.verdict] if unshown else _shown(result, loaded, fault, root))
+
+
+def _check_dry(dry_run: bool) -> None:
+    """Refuse a dry run here: what a run does on this machine needs no announcement."""
+    if dry_run:
+        raise UsageError("nothing to run dry", where="--dry-run", measured="no --host", allowed="only with --host",
+                         next_step="add --host, or leave --dry-run out")  # fmt: skip
+
+
+def _shown(result: Result, loaded: Engine, fault: str | None, root: Path) -> int:
+    """Print what was run, the verdict and where the report lies; return the exit code."""
+    console, facts = Console(highlight=False), loaded.facts
     console.print(f"{facts.model}  {facts.dtype}  {facts.attention}  {facts.version}", style="dim", soft_wrap=True)
     if fault is not None:
         console.print(f"planted fault: {fault} — {find_fault(fault).breaks}", style="yellow", soft_wrap=True)
     code = show(result, console)
     console.print(f"  {'report:':<17}{(root / 'B3_66_V2_FINAL_REPORT.md').as_posix()}", soft_wrap=True)
-    click.get_current_context().exit(code)
+    return code
 
 
 _NOT_OF_SELF_TEST = {
