@@ -21,7 +21,7 @@ MODULES = {
     if path != PACKAGE / "__init__.py"
 }
 LADDER = (
-    {"errors", "version"},
+    {"errors", "version", "json_numbers"},
     {"taps", "causes"},
     {"faults"},
     {"fingerprint"},
@@ -39,12 +39,15 @@ LADDER = (
     {"hypotheses"},
     {"explain"},
     {"diagnose"},
+    {"snapshot"},
+    {"difference"},
     {"report"},
 )
 """Lowest first: a module imports from its own step downwards. Modules that stand nowhere are checked one by one."""
 STEP = {name: step for step, names in enumerate(LADDER) for name in names}
 MIDDLE = ("compare", "floor", "local", "matched", "judgement", "gates", "rows", "row_causes", "impact", "climb",
-          "scores", "ties", "verdict", "scene", "hypotheses", "explain", "diagnose", "report")  # fmt: skip
+          "scores", "ties", "verdict", "scene", "hypotheses", "explain", "diagnose", "snapshot", "difference",
+          "report")  # fmt: skip
 JUDGEMENT = tuple(name for name in MIDDLE if name != "report")
 THIRD_PARTY = {"numpy", "ml_dtypes", "xxhash", "msgspec", "safetensors"}
 """What analysis may stand on; torch and transformers are an engine's own."""

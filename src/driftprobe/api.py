@@ -29,6 +29,7 @@ from driftprobe.engines import open_engine
 from driftprobe.engines.base import Engine
 from driftprobe.errors import EngineError, TraceError, UsageError
 from driftprobe.faults import Expected
+from driftprobe.fingerprint import Array
 from driftprobe.judgement import Failure, Impact, Judgement, Limits, Verdict
 from driftprobe.load import load_traces, traces_folder
 from driftprobe.options import RunOptions, Weighed, make_plans, parse_mode, rung_of
@@ -38,7 +39,7 @@ from driftprobe.prompts import LENGTHS, Source, boundary_prompts, builtin_prompt
 from driftprobe.prune import prune_payloads
 from driftprobe.report import render_all
 from driftprobe.side_by_side import side_of, write_comparison
-from driftprobe.trace import Trace, read_header
+from driftprobe.trace import Record, Trace, read_header
 from driftprobe.verdict import judge
 
 Prompts = Mapping[str, Source] | Iterable[Source]
@@ -169,8 +170,26 @@ def make_engine(model: Any, *, dtype: str | None, attn: str | None, tokenizer: A
     return HFEngine(model, tokenizer)
 
 
-def analyze(folder: str | Path, *, mode: str | None = None) -> Result:
-    """Judge the traces of a folder, whoever wrote them.
+class _Watched(Payloads):
+    """Payloads that tell which trace is judged: the one whose tensors are asked for."""
+
+    def __init__(self, folder: Path, traces: Sequence[Trace], progress: Progress) -> None:
+        super().__init__(folder)
+        self._left = {id(record): number for number, trace in enumerate(traces) for record in trace.records}
+        self._seen: set[int] = set()
+        self._traces, self._progress = traces, progress
+
+    def get(self, record: Record) -> Array | None:
+        """Return a record's tensor; a record of a trace that was not asked for before is a step."""
+        number = self._left.get(id(record))
+        if number is not None and number not in self._seen:
+            self._progress(Step(len(self._seen), len(self._traces), f"judging {self._traces[number].path}"))
+            self._seen.add(number)
+        return super().get(record)
+
+
+def analyze(folder: str | Path, *, mode: str | None = None, progress: Progress | None = None) -> Result:
+    """Judge the traces of a folder, whoever wrote them; `progress` is told each trace as it is come to.
 
     `mode` keeps to the traces of one mode, and names it for traces that do not say theirs. Raises TraceError where a
     trace breaks the format, or none is of that mode.
@@ -189,11 +208,13 @@ def analyze(folder: str | Path, *, mode: str | None = None) -> Result:
             next_step="leave --mode out, or run that mode first",
         )
     where = traces_folder(place)
-    payloads = Payloads(where)
+    payloads = Payloads(where) if progress is None else _Watched(where, traces, progress)
     return Result(diagnose(judge(traces, payloads), traces, payloads), traces, where)
 
 
-def compare(left: str | Path, right: str | Path, root: Path, *, date: str = "") -> tuple[Result, list[str]]:
+def compare(
+    left: str | Path, right: str | Path, root: Path, *, date: str = "", progress: Progress | None = None
+) -> tuple[Result, list[str]]:
     """Compare two runs, prefill with prefill and decode with decode, and write traces and reports into `root`.
 
     `left` and `right` are folders as `analyze` takes them. Returns the verdict, and a line for each prompt that could
@@ -204,7 +225,7 @@ def compare(left: str | Path, right: str | Path, root: Path, *, date: str = "") 
     sides = [side_of(Path(folder), load_traces(Path(folder)), traces_folder(Path(folder))) for folder in (left, right)]
     with staged(root) as stage:
         left_out = write_comparison(sides[0], sides[1], stage, date, root.as_posix())
-        result = analyze(stage.root)
+        result = analyze(stage.root, progress=progress)
         write_reports(stage.root, result.reports())
     return replace(result, folder=root / "traces"), left_out
 
@@ -291,7 +312,7 @@ def _capture_all(plans: Sequence[Plan], engine: Engine, stage: Layout, options: 
     """Capture every plan, then every plan again at the ladder's rung."""
     rung = rung_of(engine, options.ladder)
     again = [at_rung(plan, rung) for plan in plans] if rung else []
-    total, done = sum(len(plan.arms) for plan in (*plans, *again)), 0
+    total, done = sum(len(plan.arms) for plan in (*plans, *again)) + 1, 0  # one for the judgement
 
     def told(what: str) -> None:
         nonlocal done
@@ -302,14 +323,13 @@ def _capture_all(plans: Sequence[Plan], engine: Engine, stage: Layout, options: 
     for plan in plans:
         tokens[(plan.mode, plan.prompt.name)] = choose_tokens(plan, engine)
         _capture(plan, engine, tokens[(plan.mode, plan.prompt.name)], stage, options, told)
-    if not again:
-        return
     try:
-        with engine.at(rung):
+        with engine.at(rung) if again else nullcontext():
             for plan in again:
                 _capture(plan, engine, tokens[(plan.mode, plan.prompt.name)], stage, options, told)
     except EngineError as error:  # the run itself stands; what was captured at the rung is an incomplete trace
         (stage.logs / f"ladder_{rung}.log").write_text(error.render() + "\n", encoding="utf-8")
+    progress(Step(total - 1, total, "judging"))
 
 
 def _capture(

@@ -18,6 +18,8 @@ COMMANDS = {
     "self-test": "plant a fault of each family in your model and show that the probe fires",
     "analyze": "judge the traces of a folder",
     "compare": "compare two engines, or two builds of one, on the same tokens",
+    "diff": "say what got worse between two runs of one engine",
+    "baseline": "keep an accepted run in a small file, and check new runs against it",
     "report": "rebuild every report of a run from its traces",
     "validate": "say what is wrong with a trace, line by line",
     "faults": "list the faults that can be planted, and what must be found",

@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from driftprobe.api import analyze
-from driftprobe.cli.show import show
+from driftprobe.cli.output import Output, output_options, tell
+from driftprobe.cli.progress import progress, quietly
 
 _EPILOG = """\b
 Examples:
   driftprobe analyze artifacts/2026-02-07/b3_66_v2/traces
   driftprobe analyze my-engine-traces --mode as_designed --output reports
+  driftprobe analyze my-engine-traces --json --junit driftprobe.xml
 """
 
 
@@ -21,11 +22,10 @@ Examples:
 @click.argument("traces", type=click.Path(path_type=Path))
 @click.option("--mode", default=None, help="Mode of traces that do not say it: as_designed or kv_aligned.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write traces and reports into this folder too.")
-def command(traces: Path, mode: str | None, output: Path | None) -> None:
+@output_options
+def command(traces: Path, mode: str | None, output: Path | None, how: Output) -> None:
     """Judge the traces in TRACES (a traces folder, or a run's folder) and print the verdict."""
-    result = analyze(traces, mode=mode)
-    console = Console(highlight=False)
-    code = show(result, console)
-    if output is not None:
-        console.print(f"  {'report:':<17}{result.write(output).as_posix()}", soft_wrap=True)
-    click.get_current_context().exit(code)
+    with progress(quietly(how.quiet), f"reading {traces}") as told:
+        result = analyze(traces, mode=mode, progress=told)
+    report = None if output is None else result.write(output)
+    click.get_current_context().exit(tell(result, how, report))

@@ -7,11 +7,11 @@ from datetime import date as calendar
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from driftprobe.api import compare
 from driftprobe.artifacts import place_of
-from driftprobe.cli.show import show
+from driftprobe.cli.output import Output, output_options, tell
+from driftprobe.cli.progress import progress, quietly
 from driftprobe.trace import LEFT_OUT, Trace
 
 _SHOWN = 3
@@ -34,20 +34,17 @@ Reports go to OUT/DATE/NAME. Exit codes: 0 NO_DRIFT or STRUCTURAL_DRIFT, 1 MISMA
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("artifacts"), show_default=True, help="Where it goes."
 )
-def command(traces_a: Path, traces_b: Path, date: str | None, name: str, out: Path) -> None:
+@output_options
+def command(traces_a: Path, traces_b: Path, date: str | None, name: str, out: Path, how: Output) -> None:
     """Compare the runs in TRACES_A and TRACES_B: prefill with prefill, decode with decode, token by token."""
     day = date or calendar.today().isoformat()
     root = place_of(out, day, name)
-    result, left_out = compare(traces_a, traces_b, root, date=day)
-    console = Console(highlight=False)
-    for line in left_out:
-        console.print(f"left out: {line}", style="yellow", soft_wrap=True)
+    with progress(quietly(how.quiet), "reading both sides") as told:
+        result, left_out = compare(traces_a, traces_b, root, date=day, progress=told)
     labels = result.traces[0].header.labels
-    console.print(f"reference: {labels['reference']}   candidate: {labels['candidate']}", style="dim", soft_wrap=True)
-    code = show(result, console)
-    for line in _left_out(result.traces):
-        console.print(line, style="yellow", soft_wrap=True)
-    console.print(f"  {'report:':<17}{(root / 'B3_66_V2_FINAL_REPORT.md').as_posix()}", soft_wrap=True)
+    before = [f"left out: {line}" for line in left_out]
+    before.append(f"reference: {labels['reference']}   candidate: {labels['candidate']}")
+    code = tell(result, how, root / "B3_66_V2_FINAL_REPORT.md", before, _left_out(result.traces))
     click.get_current_context().exit(code)
 
 

@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from rich.console import Console
 
 from driftprobe.api import Progress, Step, analyze
 from driftprobe.artifacts import write_reports
-from driftprobe.cli.show import show
+from driftprobe.cli.output import OPTIONS, Output, tell
+from driftprobe.cli.progress import PROGRESS
 from driftprobe.errors import UsageError
 from driftprobe.prompts import read_prompt_file
 from driftprobe.remote import plan_of, run_there
 from driftprobe.remote_ssh import Node, check_host
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-PROGRESS = "progress: "
-"""How a line begins that says where a run is, with --progress lines."""
 _OURS = {
     "host",
     "remote_command",
@@ -33,6 +31,7 @@ _OURS = {
     "progress",
     "prompt_file",
     "unshown",
+    *OPTIONS,
 }
 
 
@@ -53,8 +52,9 @@ def node_options(command: _F) -> _F:
 
 
 def run_on_node(
-    context: click.Context, node: Node, root: Path, prompt_file: Path | None, dry_run: bool, progress: Progress | None
-) -> int:
+    context: click.Context, node: Node, root: Path, prompt_file: Path | None, dry_run: bool, how: Output,
+    progress: Progress | None,
+) -> int:  # fmt: skip
     """Run on a node, or print what would be done; returns the exit code of the verdict.
 
     Models and TOML files are named as the node has them; a prompt file is read here and sent along.
@@ -65,7 +65,6 @@ def run_on_node(
     if prompt_file is not None:
         prompts = json.dumps(read_prompt_file(prompt_file))
         arguments += ["--prompt-file", "prompts.json"]
-    console = Console(highlight=False)
     if dry_run:
         for line in plan_of(node, arguments, root.parent.name, root.name):
             click.echo(line)
@@ -74,11 +73,8 @@ def run_on_node(
     result = analyze(root)
     write_reports(root, result.reports())
     facts = result.traces[0].header.engine
-    console.print(f"{facts.model}  {facts.dtype}  {facts.attention}  {facts.version}  on {node.host}", style="dim",
-                  soft_wrap=True)  # fmt: skip
-    code = show(result, console)
-    console.print(f"  {'report:':<17}{(root / 'B3_66_V2_FINAL_REPORT.md').as_posix()}", soft_wrap=True)
-    return code
+    what = f"{facts.model}  {facts.dtype}  {facts.attention}  {facts.version}  on {node.host}"
+    return tell(result, how, root / "B3_66_V2_FINAL_REPORT.md", [what])
 
 
 def given_arguments(context: click.Context) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date as calendar
@@ -9,15 +11,15 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from driftprobe.api import Progress as ToldStep
-from driftprobe.api import Result, Step, builtin_prompts, find_boundaries, run
+from driftprobe.api import Result, builtin_prompts, find_boundaries, run
 from driftprobe.artifacts import check_place, place_of, stage_of
 from driftprobe.boundaries import LONGEST, Boundaries
 from driftprobe.cli.engine_options import engine_options, opened
-from driftprobe.cli.on_a_node import PROGRESS, node_options, run_on_node
-from driftprobe.cli.show import EXIT_CODES, show
+from driftprobe.cli.on_a_node import node_options, run_on_node
+from driftprobe.cli.output import OPTIONS, Output, output_options, tell
+from driftprobe.cli.progress import progress as shown_progress
+from driftprobe.cli.show import EXIT_CODES
 from driftprobe.engines.base import Engine
 from driftprobe.errors import UsageError
 from driftprobe.faults import find_fault
@@ -26,7 +28,6 @@ from driftprobe.plan import Prompt
 from driftprobe.prompts import LENGTHS, boundary_prompts, make_prompt, make_prompts, read_prompt_file
 from driftprobe.remote_ssh import Node
 
-PROGRESSES = ("auto", "lines", "none")
 _EPILOG = """\b
 Examples:
   driftprobe run
@@ -63,7 +64,7 @@ Reports go to OUT/DATE/NAME. Exit codes: 0 NO_DRIFT or STRUCTURAL_DRIFT, 1 MISMA
 )
 @node_options
 @click.option("--progress", default="auto", show_default=True, help="auto (a bar on a terminal), lines or none.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@output_options
 def command(
     engine: str,
     model: str,
@@ -96,7 +97,7 @@ def command(
     dry_run: bool,
     unshown: bool,
     progress: str,
-    quiet: bool,
+    how: Output,
 ) -> None:
     """Run a model's prefill and decode on the same tokens and say whether they differ by arithmetic or by a bug."""
     if self_test:
@@ -113,8 +114,8 @@ def command(
         find_fault(fault)
     if host is not None:
         node = Node(host, remote_command, remote_folder)
-        with _told("none" if quiet else progress, f"connecting to {host}") as told:
-            code = run_on_node(click.get_current_context(), node, root, prompt_file, dry_run, told)
+        with shown_progress("none" if how.quiet else progress, f"connecting to {host}") as told:
+            code = run_on_node(click.get_current_context(), node, root, prompt_file, dry_run, how, told)
         click.get_current_context().exit(code)
     _check_dry(dry_run)
     check_place(root)
@@ -122,16 +123,18 @@ def command(
         from driftprobe.cli.self_test import run_and_show
 
         loaded = opened(engine, model, **chosen_engine)
-        click.get_current_context().exit(run_and_show(loaded, root, ladder, quiet))
-    with _told("none" if quiet else progress) as told, _kept_on_interrupt(root):
+        click.get_current_context().exit(run_and_show(loaded, root, ladder, how.quiet))
+    with shown_progress("none" if how.quiet else progress, "loading the model") as told, _kept_on_interrupt(root):
         loaded = opened(engine, model, **chosen_engine)
         chosen = _prompts(loaded, prompts, texts, prompt_file)
         if boundaries:
             found = find_boundaries(loaded, steps, longest)
-            _show_boundaries(found, Console(highlight=False))
+            _show_boundaries(found, Console(highlight=False, stderr=how.format == "json", quiet=how.quiet))
             chosen += boundary_prompts(found, loaded)
         result = run(loaded, chosen, options, root, told)
-    click.get_current_context().exit(EXIT_CODES[result.verdict] if unshown else _shown(result, loaded, fault, root))
+    click.get_current_context().exit(
+        EXIT_CODES[result.verdict] if unshown else _shown(result, loaded, fault, root, how)
+    )
 
 
 def _check_dry(dry_run: bool) -> None:
@@ -141,20 +144,18 @@ def _check_dry(dry_run: bool) -> None:
                          next_step="add --host, or leave --dry-run out")  # fmt: skip
 
 
-def _shown(result: Result, loaded: Engine, fault: str | None, root: Path) -> int:
-    """Print what was run, the verdict and where the report lies; return the exit code."""
-    console, facts = Console(highlight=False), loaded.facts
-    console.print(f"{facts.model}  {facts.dtype}  {facts.attention}  {facts.version}", style="dim", soft_wrap=True)
+def _shown(result: Result, loaded: Engine, fault: str | None, root: Path, how: Output) -> int:
+    """Tell what was run, the verdict and where the report lies; return the exit code."""
+    facts = loaded.facts
+    before = [f"{facts.model}  {facts.dtype}  {facts.attention}  {facts.version}"]
     if fault is not None:
-        console.print(f"planted fault: {fault} — {find_fault(fault).breaks}", style="yellow", soft_wrap=True)
-    code = show(result, console)
-    console.print(f"  {'report:':<17}{(root / 'B3_66_V2_FINAL_REPORT.md').as_posix()}", soft_wrap=True)
-    return code
+        before.append(f"planted fault: {fault} — {find_fault(fault).breaks}")
+    return tell(result, how, root / "B3_66_V2_FINAL_REPORT.md", before)
 
 
 _NOT_OF_SELF_TEST = {
     "mode", "prompts", "texts", "prompt_file", "boundaries", "longest", "layers", "steps", "seed", "payload", "fault",
-    "strength",
+    "strength", *OPTIONS,
 }  # fmt: skip
 
 
@@ -216,27 +217,8 @@ def _kept_on_interrupt(root: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         if stage_of(root).exists() and not before:
             click.echo(f"traces so far: `driftprobe analyze {stage_of(root).as_posix()}` judges them", err=True)
+            again = shlex.join(["driftprobe", *sys.argv[1:]])
+            click.echo(
+                f"to go on: `{again}` runs all of it again; until it is done nothing in {root} changes", err=True
+            )
         raise
-
-
-@contextmanager
-def _told(how: str, at_first: str = "loading the model") -> Iterator[ToldStep | None]:
-    """Show progress on the error stream: a bar where that is a terminal, or a line for each step."""
-    if how not in PROGRESSES:
-        raise UsageError("unknown kind of progress", where="--progress", measured=how, allowed=", ".join(PROGRESSES),
-                         next_step="choose one of them")  # fmt: skip
-    if how == "lines":
-        yield lambda step: click.echo(f"{PROGRESS}{step.done}/{step.of} {step.what}", err=True)
-        return
-    console = Console(stderr=True)
-    if how == "none" or not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(at_first, total=None)
-
-        def told(step: Step) -> None:
-            bar.update(task, description=step.what, completed=step.done, total=step.of)
-
-        yield told

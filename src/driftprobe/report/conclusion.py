@@ -178,6 +178,12 @@ def recommendations(judgement: Judgement, traces: Sequence[Trace]) -> str:
     return blocks(["## 7. Recommendations", *(_step(i, *parts) for i, parts in enumerate(steps, start=1))])
 
 
+def next_command(judgement: Judgement, traces: Sequence[Trace]) -> str:
+    """Return the command to type next: the first of section 7, but for the rebuilding of reports; else nothing."""
+    steps = (*_missing_modes(judgement, traces), *_next_steps(judgement, traces))
+    return next((command for _, _, command in steps if command), "")
+
+
 _Step = tuple[str, str, str]
 """A title, a sentence, and a command or nothing."""
 

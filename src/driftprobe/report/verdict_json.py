@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
+from driftprobe.json_numbers import finite
 from driftprobe.judgement import (
     Attention,
     Diagnosis,
@@ -40,18 +40,7 @@ def render(judgement: Judgement, traces: Sequence[Trace]) -> str:
         "impact": _impact(judgement.impact),
         "modes": {name: _mode(judgement.modes.get(name)) for name in mode_names(judgement)},
     }
-    return json.dumps(_finite(body), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """Return a JSON value with every non-finite number as the word for it."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-    return value
+    return json.dumps(finite(body), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def _limits(limits: Limits | None) -> _Object | None:
