@@ -302,6 +302,10 @@ def test_an_interrupt_leaves_valid_incomplete_traces_and_the_earlier_run(tmp_pat
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 130 and "driftprobe analyze" in errors, errors
+    again = (
+        "to go on: `driftprobe run --prompts p0_short --date 2026-02-07 --ladder off --steps 40` runs all of it again"
+    )
+    assert again in errors and "until it is done nothing in artifacts/2026-02-07/b3_66_v2 changes" in errors
     done = driftprobe("analyze", trace.parent.parent, cwd=tmp_path)
     assert_five_parts(done, 3, "incomplete")
     assert (root / "verdict.json").read_text() == "earlier"

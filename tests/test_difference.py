@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import driftprobe as driftprobe_package
 from driftprobe.baseline import load_baseline, save_baseline
 from driftprobe.difference import BETTER, WORSE, Kind, difference
 from driftprobe.errors import OutputError, TraceError, UsageError
@@ -164,6 +165,13 @@ def test_a_baseline_is_small_and_reads_back_to_four_digits(tmp_path):
     assert json.loads((tmp_path / "b.json").read_text())["schema"] == "driftprobe/baseline/1"
 
 
+def test_the_ladders_rung_is_part_of_a_run(clean_run):
+    result = driftprobe_package.analyze(clean_run)
+    found = snapshot(result.judgement, result.traces)
+    assert {tap.rung for part in found.parts for tap in part.taps} == {"", "float64"}
+    assert difference(found.collapsed(), decode(encode(found, "0").encode(), "x")).changes == ()
+
+
 def test_the_worst_step_stands_for_a_tap():
     calm, wild = Tap("", 0, "q_rope", 4), Tap("", 0, "q_rope", 5)
     part = replace(CLEAN.parts[0], taps={calm: state(1.0), wild: state(9.0), replace(wild, at=6): UNKNOWN})
@@ -207,6 +215,8 @@ BAD = {
     "a floor of nan": spoiled(lambda body: row(body).__setitem__(4, "nan")),
     "no floor": spoiled(lambda body: row(body).__setitem__(4, None)),
     "a word for a drift": spoiled(lambda body: row(body).__setitem__(3, "large")),
+    "a number in words": spoiled(lambda body: row(body).__setitem__(3, "1.5")),
+    "another word for infinity": spoiled(lambda body: row(body).__setitem__(3, "Infinity")),
     "another status": spoiled(lambda body: row(body).__setitem__(5, "fine")),
     "a tap twice": spoiled(lambda body: body["parts"][0]["taps"].append(row(body))),
     "a part twice": spoiled(lambda body: body["parts"].append(body["parts"][0])),

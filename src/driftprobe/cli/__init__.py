@@ -25,6 +25,8 @@ COMMANDS = {
     "faults": "list the faults that can be planted, and what must be found",
     "engines": "list the engines and how to install them",
     "taps": "list the taps in order of execution",
+    "doctor": "say what works here, and how to install the rest",
+    "completion": "print the completion script of bash, zsh or fish",
 }
 
 

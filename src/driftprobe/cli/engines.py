@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from driftprobe.doctor import CORE_INSTALL
 from driftprobe.engines import ENGINES, include_folder
 from driftprobe.fingerprint import BUILT
 
@@ -14,8 +15,5 @@ def command() -> None:
     for name, entry in ENGINES.items():
         state = f"not installed ({', '.join(entry.missing)}): {entry.install}" if entry.missing else "ready"
         click.echo(f"{name:<10}{entry.about}\n{'':<10}{state}")
-    how = (
-        "compiled" if BUILT else "NumPy, slower: install with a C compiler and xxhash.h (Debian: libxxhash-dev) at hand"
-    )
-    click.echo(f"fingerprints: {how}")
+    click.echo(f"fingerprints: {'compiled' if BUILT else f'NumPy, slower: {CORE_INSTALL}'}")
     click.echo(f"the trace writer for C and C++: -I{include_folder()}")
