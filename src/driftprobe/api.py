@@ -30,6 +30,7 @@ from driftprobe.engines.base import Engine
 from driftprobe.errors import EngineError, TraceError, UsageError
 from driftprobe.faults import Expected
 from driftprobe.fingerprint import Array
+from driftprobe.frames import to_frame
 from driftprobe.judgement import Failure, Impact, Judgement, Limits, Verdict
 from driftprobe.load import load_traces, traces_folder
 from driftprobe.options import RunOptions, Weighed, make_plans, parse_mode, rung_of
@@ -37,10 +38,12 @@ from driftprobe.payload import Payloads
 from driftprobe.plan import Plan, Prompt, at_rung
 from driftprobe.prompts import LENGTHS, Source, boundary_prompts, builtin_prompt, make_prompts
 from driftprobe.prune import prune_payloads
-from driftprobe.report import render_all
+from driftprobe.report import inline, reasoning, render_all
+from driftprobe.report.text import count
 from driftprobe.side_by_side import side_of, write_comparison
+from driftprobe.taps import place
 from driftprobe.trace import Record, Trace, read_header
-from driftprobe.verdict import judge
+from driftprobe.verdict import base_traces, judge
 
 Prompts = Mapping[str, Source] | Iterable[Source]
 
@@ -93,6 +96,26 @@ class Result:
     def detection_limit(self) -> Limits | None:
         """The smallest relative errors that this run could have told from rounding."""
         return self.judgement.limits
+
+    def __repr__(self) -> str:
+        first = self.judgement.first_failure
+        at = f", first at {place(first.layer, first.tensor)}" if first is not None else ""
+        return f"Result({self.verdict.value}{at}; {count(len(self.traces), 'trace')} in {str(self.folder)!r})"
+
+    def _repr_html_(self) -> str:
+        """Return the map of layers and taps for a notebook."""
+        return inline.render(self.judgement)
+
+    def explain(self) -> str:
+        """Return the reasoning behind the verdict as text, in the order in which it was made."""
+        return reasoning.render(self.judgement, base_traces(self.traces))
+
+    def to_frame(self, library: str | None = None) -> Any:
+        """Return the records as a data frame, one a row, with drift, floor and excess where they were judged.
+
+        `library` is `polars` or `pandas`; None takes the first that is installed. Raises UsageError where none is.
+        """
+        return to_frame(self.judgement, self.traces, library)
 
     def reports(self) -> dict[str, str]:
         """Return every report's text by file name."""
