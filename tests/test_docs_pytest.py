@@ -59,6 +59,14 @@ def test_the_commands_run(reader):
     assert written == [line for line in block("toml").splitlines() if not line.startswith("cause")]
 
 
+def test_the_readmes_mark_is_one(reader):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (mark,) = re.findall(r"^```python\n(@pytest.mark.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+    (reader / "suite/tests/test_readme.py").write_text(f"import pytest\n\n\n{mark}")
+    done = shell(f"export PATH={reader}:$PATH; pytest tests/test_readme.py", reader / "suite")
+    assert "1 passed" in done.stdout, done.stdout
+
+
 def test_the_pages_suite_and_failure(tmp_path):
     pytest.importorskip("transformers")
     (tmp_path / "test_page.py").write_text(

@@ -22,6 +22,9 @@ from test_pytest_plugin import write
 ROOT = Path(__file__).resolve().parents[1]
 
 
+TAGS = {"div", "p", "b", "br", "table", "caption", "thead", "tbody", "tr", "th", "td", "span"}
+
+
 class Page(HTMLParser):
     """The elements of a fragment, their nesting checked."""
 
@@ -49,8 +52,9 @@ def boxes(page: Page) -> list[dict[str, str | None]]:
     return [attrs for tag, attrs in page.seen if tag == "td" and attrs.get("title")]
 
 
-def test_the_map_has_a_box_for_every_tap_and_the_gravest_step_in_it():
-    judgement, _ = run(broken_from(1, "q_rope"))
+def test_the_map_has_a_box_for_every_tap_and_the_gravest_prompt_in_it():
+    changes = {"p0_short": same, "p6_len_16": broken_from(1, "q_rope"), "p6_len_32": same}
+    judgement = judged([prompt_trace(prompt, "kv_aligned", change) for prompt, change in changes.items()])
     page = Page(inline.render(judgement))
     titles = [str(box["title"]) for box in boxes(page)]
     assert len(titles) == len({(cell.layer, cell.tensor) for m in judgement.modes.values() for cell in m.cells})
@@ -72,7 +76,7 @@ def test_a_tap_that_a_layer_lacks_is_hatched_and_a_pass_has_no_failure():
 def test_nothing_leaves_the_page_and_nothing_runs_in_it():
     for judgement in (run(rounding)[0], foreign()[0], hostile()[0], judged(())):
         page = Page(inline.render(judgement))
-        assert {tag for tag, _ in page.seen} <= set("div p b br table caption thead tbody tr th td span".split())
+        assert {tag for tag, _ in page.seen} <= TAGS
         for _, attrs in page.seen:
             assert set(attrs) <= {"style", "title", "class", "colspan"}
             assert "url(" not in str(attrs.get("style"))
