@@ -24,6 +24,7 @@ def test_versions_are_those_of_the_packages():
     checks = named()
     assert checks["numpy"].found == version("numpy") and checks["numpy"].works and not checks["numpy"].install
     assert checks["fingerprints in C"].works is BUILT
+    assert not checks["hf"].works or doctor().next_step == "driftprobe run"
     for name, entry in ENGINES.items():
         assert checks[name].works is not bool(entry.missing)
         assert checks[name].install == (entry.install if entry.missing else "")

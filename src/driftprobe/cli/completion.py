@@ -20,7 +20,7 @@ Examples:
 @click.argument("shell")
 def command(shell: str) -> None:
     """Print the completion script of SHELL: bash (4.4 or later), zsh or fish."""
-    kind = get_completion_class(shell) if shell in SHELLS else None
+    kind = get_completion_class(shell)
     if kind is None:
         raise UsageError("unknown shell", where="completion", measured=shell[:80], allowed=", ".join(SHELLS),
                          next_step="choose one of them")  # fmt: skip

@@ -31,14 +31,19 @@ def progress(how: str, at_first: str) -> Iterator[ToldStep | None]:
     if how == "none" or not console.is_terminal:
         yield None
         return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with bar_on(console) as bar:
         task = bar.add_task(at_first, total=None)
 
         def told(step: Step) -> None:
             bar.update(task, description=step.what, completed=step.done, total=step.of)
 
         yield told
+
+
+def bar_on(console: Console, disable: bool = False) -> Progress:
+    """Return a bar that leaves nothing behind: what is done now, how much of it all, and the time left."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=disable)
 
 
 def quietly(quiet: bool) -> str:

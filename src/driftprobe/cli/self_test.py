@@ -9,12 +9,13 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 from driftprobe.artifacts import check_place, place_of
 from driftprobe.cli.engine_options import engine_options, opened
+from driftprobe.cli.progress import bar_on
 from driftprobe.engines.base import Engine
 from driftprobe.selftest import SelfTest, Trial, run_self_test
 from driftprobe.selftest.render import limit_in_words, outcome_in_words, strength_in_words
@@ -70,8 +71,7 @@ def run_and_show(engine: Engine, root: Path, ladder: str, quiet: bool) -> int:
 @contextmanager
 def _bar(quiet: bool) -> Iterator[Progress]:
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+    with bar_on(console, disable=quiet or not console.is_terminal) as bar:
         yield bar
 
 
