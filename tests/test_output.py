@@ -43,7 +43,9 @@ def raised(*words: object) -> DriftprobeError:
 def test_text_names_the_next_command(folder):
     done = driftprobe("analyze", folder)
     assert done.exit_code == 1 and "verdict: MISMATCH" in done.output
-    assert re.search(r"^  next: +driftprobe run --mode as_designed --model builtin:tiny", done.output, re.MULTILINE)
+    assert re.search(
+        r"^  next: +driftprobe run --mode kv_aligned --model builtin:tiny .*--layers 0,1 ", done.output, re.MULTILINE
+    )
 
 
 def test_quiet_is_one_line(folder):

@@ -179,9 +179,8 @@ def recommendations(judgement: Judgement, traces: Sequence[Trace]) -> str:
 
 
 def next_command(judgement: Judgement, traces: Sequence[Trace]) -> str:
-    """Return the command to type next: the first of section 7, but for the rebuilding of reports; else nothing."""
-    steps = (*_missing_modes(judgement, traces), *_next_steps(judgement, traces))
-    return next((command for _, _, command in steps if command), "")
+    """Return the command to type next: the first of section 7 that follows from the verdict; else nothing."""
+    return next((command for _, _, command in _next_steps(judgement, traces) if command), "")
 
 
 _Step = tuple[str, str, str]
