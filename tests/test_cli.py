@@ -364,6 +364,7 @@ def test_the_faults_are_listed_by_family(tmp_path):
         (("--self-test", "--mode", "both", "--layers", "0"), "the self-test does not have", "--mode, --layers"),
         (("--self-test", "--prompt", "a", "--boundaries"), "the self-test does not have", "--prompt, --boundaries"),
         (("--self-test", "--prompt-file", "p.json"), "the self-test does not have", "--prompt-file"),
+        (("--self-test", "--json", "--junit", "x.xml"), "the self-test does not have", "--json, --junit"),
     ],
 )
 def test_wrong_faults_and_lengths_say_so(tmp_path, arguments, what, measured):

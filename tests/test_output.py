@@ -13,6 +13,8 @@ from click.testing import CliRunner, Result
 
 import report_traces
 from driftprobe.cli import group
+from driftprobe.cli.on_a_node import given_arguments
+from driftprobe.cli.run import command as run_command
 from driftprobe.errors import DriftprobeError, OutputError, UsageError
 from driftprobe.report import github, junit, verdict_json
 from driftprobe.trace import Trace
@@ -98,6 +100,11 @@ def test_github_annotates_and_writes_the_summary(folder, tmp_path, monkeypatch):
     summary = (tmp_path / "summary.md").read_text()
     assert summary.startswith("before\n### driftprobe: MISMATCH\n") and "**Root cause**" in summary
     assert "| kv\\_aligned |" in summary or "| kv_aligned |" in summary
+
+
+def test_how_it_is_told_is_no_business_of_another_machine():
+    words = ["--host", "node", "--json", "--format", "json", "--junit", "x.xml", "--quiet", "--steps", "2"]
+    assert given_arguments(run_command.make_context("run", words)) == ["--steps", "2"]
 
 
 def test_a_summary_that_cannot_be_written_is_told(folder, tmp_path, monkeypatch):

@@ -24,9 +24,14 @@ INSTALLED = any(found.name == "driftprobe" for found in entry_points(group="pyte
 PLUGIN = () if INSTALLED else ("-p", "driftprobe.pytest_plugin")
 """The checkout may be on the path without having been installed since the plugin's entry point is there."""
 STAND_IN = """
+import inspect
+
 import driftprobe.api
 
+KNOWN = inspect.signature(driftprobe.api.probe)
+
 def probe(model, prompts=None, *, mode="both", **options):
+    KNOWN.bind(model, prompts, mode=mode, **options)
     assert mode in ("both", "kv_aligned"), mode
     return driftprobe.api.analyze(model)
 
