@@ -53,8 +53,9 @@ def node_options(command: _F) -> _F:
 
 
 def run_on_node(
-    context: click.Context, node: Node, root: Path, prompt_file: Path | None, dry_run: bool, progress: Progress | None
-) -> int:
+    context: click.Context, node: Node, root: Path, prompt_file: Path | None, dry_run: bool, progress: Progress | None,
+    quiet: bool = False,
+) -> int:  # fmt: skip
     """Run on a node, or print what would be done; returns the exit code of the verdict.
 
     Models and TOML files are named as the node has them; a prompt file is read here and sent along.
@@ -70,7 +71,7 @@ def run_on_node(
         for line in plan_of(node, arguments, root.parent.name, root.name):
             click.echo(line)
         return 0
-    run_there(node, arguments, root, _teller(node.host, progress), prompts=prompts)
+    run_there(node, arguments, root, _silent if quiet else _teller(node.host, progress), prompts=prompts)
     result = analyze(root)
     write_reports(root, result.reports())
     facts = result.traces[0].header.engine
@@ -114,6 +115,10 @@ def _teller(host: str, progress: Progress | None) -> Callable[[str], None]:
             click.echo(click.style(f"{host}: ", dim=True) + printable(line), err=True)
 
     return told
+
+
+def _silent(_line: str) -> None:
+    """Take a line of the node's that nobody asked for; it is in the run log all the same."""
 
 
 def printable(line: str) -> str:

@@ -114,7 +114,7 @@ def command(
     if host is not None:
         node = Node(host, remote_command, remote_folder)
         with _told("none" if quiet else progress, f"connecting to {host}") as told:
-            code = run_on_node(click.get_current_context(), node, root, prompt_file, dry_run, told)
+            code = run_on_node(click.get_current_context(), node, root, prompt_file, dry_run, told, quiet)
         click.get_current_context().exit(code)
     _check_dry(dry_run)
     check_place(root)
