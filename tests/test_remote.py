@@ -70,7 +70,8 @@ def test_a_run_on_a_node_comes_home_with_its_verdict(tmp_path, server, quiet):
     done = CliRunner().invoke(
         group,
         ["run", "--host", "node", "--remote-command", f"echo a word; {driftprobe_there()}",
-         "--remote-folder", str(tmp_path / "there"), "--engine", "command", "--config", str(toml), "--prompt-file", str(prompts), "--mode", "as_designed",
+         "--remote-folder", str(tmp_path / "there"), "--engine", "command", "--config", str(toml),
+         "--prompt-file", str(prompts), "--mode", "as_designed",
          "--ladder", "off", "--date", "2026-01-02", "--name", "far", "--out", str(tmp_path / "here"),
          *(["--quiet"] if quiet else [])],
         standalone_mode=False,
