@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -114,6 +115,19 @@ def test_cases_are_the_same_in_every_run_and_unique() -> None:
     assert len({case.id for case in everything}) == len(everything)
     assert cases.find(everything[7].id) == everything[7]
     assert {case.id for case in cases.quick()} <= {case.id for case in everything}
+
+
+def test_a_sample_draws_new_cases_before_those_that_were_published(tmp_path):
+    first = cases.sample(40)
+    kinds = [case.kind == "fault" for case in first]
+    assert (kinds.count(True), kinds.count(False)) == (40, 40)
+    published = tmp_path / "accuracy.json"
+    published.write_text(json.dumps({"schema": 1, "cases": [{"case": case.id, "status": "ok"} for case in first]}))
+    later = cases.sample(40, 7, store.measured_in(published))
+    assert not {case.id for case in later} & {case.id for case in first}
+    assert [case.kind for case in later].count("fault") == 7
+    everything = len(cases.full())
+    assert len(cases.sample(everything, everything, store.measured_in(published))) == everything
 
 
 def test_every_fault_and_variation_is_measured_in_every_architecture_and_dtype() -> None:

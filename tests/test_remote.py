@@ -60,7 +60,8 @@ def left_there(tmp_path: Path) -> list[str]:
     return runs + (["lock"] if (there / "lock").is_symlink() else [])
 
 
-def test_a_run_on_a_node_comes_home_with_its_verdict(tmp_path, server):
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_run_on_a_node_comes_home_with_its_verdict(tmp_path, server, quiet):
     toml = described(tmp_path)
     prompts = tmp_path / "prompts.json"
     prompts.write_text(
@@ -68,12 +69,15 @@ def test_a_run_on_a_node_comes_home_with_its_verdict(tmp_path, server):
     )
     done = CliRunner().invoke(
         group,
-        ["run", "--host", "node", "--remote-command", driftprobe_there(), "--remote-folder", str(tmp_path / "there"),
-         "--engine", "command", "--config", str(toml), "--prompt-file", str(prompts), "--mode", "as_designed",
-         "--ladder", "off", "--date", "2026-01-02", "--name", "far", "--out", str(tmp_path / "here")],
+        ["run", "--host", "node", "--remote-command", f"echo a word; {driftprobe_there()}",
+         "--remote-folder", str(tmp_path / "there"), "--engine", "command", "--config", str(toml),
+         "--prompt-file", str(prompts), "--mode", "as_designed",
+         "--ladder", "off", "--date", "2026-01-02", "--name", "far", "--out", str(tmp_path / "here"),
+         *(["--quiet"] if quiet else [])],
         standalone_mode=False,
     )  # fmt: skip
     assert done.exception is None, done.output
+    assert ("node: a word" in done.output) is not quiet
     root = tmp_path / "here/2026-01-02/far"
     assert done.output.count("verdict:") == 1  # the node does not show its own
     assert "verdict: STRUCTURAL_DRIFT" in done.output

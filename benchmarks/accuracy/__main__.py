@@ -24,6 +24,9 @@ from benchmarks.accuracy.score import Scored  # noqa: E402
 @click.command(help=__doc__)
 @click.option("--quick", is_flag=True, help="A small fixed choice of cases.")
 @click.option("--sample", type=int, help="So many faults, and so many clean and benign cases, drawn from all.")
+@click.option("--faults", type=int, help="With --sample: so many faults instead.")
+@click.option("--after", type=click.Path(path_type=Path, exists=True),
+              help="With --sample: an earlier accuracy.json, whose cases are drawn last.")  # fmt: skip
 @click.option("--only", multiple=True, help="Only cases whose id holds this text; may be given several times.")
 @click.option("--limit", type=int, help="At most so many cases of those chosen.")
 @click.option("--jobs", type=int, default=os.cpu_count() or 1, show_default=True, help="Processes.")
@@ -35,15 +38,16 @@ from benchmarks.accuracy.score import Scored  # noqa: E402
 @click.option("--commit", help="With --sources: the git commit that holds them.")
 @click.option("--replay", metavar="ID", help="Run one case and print all of it.")
 def main(
-    quick: bool, sample: int | None, only: tuple[str, ...], limit: int | None, jobs: int, results: Path, out: Path,
-    report_only: bool, sources: str | None, commit: str | None, replay: str | None,
+    quick: bool, sample: int | None, faults: int | None, after: Path | None, only: tuple[str, ...], limit: int | None,
+    jobs: int, results: Path, out: Path, report_only: bool, sources: str | None, commit: str | None, replay: str | None,
 ) -> None:  # fmt: skip
     """Run the command."""
     if replay is not None:
         _replay(replay)
         return
     everything = cases.quick() if quick else cases.full()
-    among = everything if sample is None or quick else cases.sample(sample)
+    seen = store.measured_in(after) if after is not None else frozenset[str]()
+    among = everything if sample is None or quick else cases.sample(sample, faults, seen)
     chosen = [case for case in among if not only or any(text in case.id for text in only)][:limit]
     console = Console(stderr=True)
     if (sources or commit) and not report_only:

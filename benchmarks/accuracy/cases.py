@@ -9,7 +9,7 @@ running all their products.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from benchmarks.accuracy import models
@@ -83,10 +83,14 @@ def quick() -> list[Case]:
     return sorted(chosen, key=lambda case: (case.model, case.id))
 
 
-def sample(count: int) -> list[Case]:
-    """Return so many faults, and so many clean and benign cases together, drawn from the full set; always the same."""
-    drawn = sorted(full(), key=lambda case: _digest(case.id))
-    chosen = [c for c in drawn if c.kind == FAULT][:count] + [c for c in drawn if c.kind != FAULT][:count]
+def sample(count: int, faults: int | None = None, seen: Container[str] = ()) -> list[Case]:
+    """Return so many faults, and `count` clean and benign cases together, drawn from the full set; always the same.
+
+    `count` faults too, where `faults` does not say how many. Cases whose id is in `seen` are drawn last.
+    """
+    drawn = sorted(full(), key=lambda case: (case.id in seen, _digest(case.id)))
+    quiet = [c for c in drawn if c.kind != FAULT][:count]
+    chosen = [c for c in drawn if c.kind == FAULT][: count if faults is None else faults] + quiet
     return sorted(chosen, key=lambda case: (case.model, case.id))
 
 

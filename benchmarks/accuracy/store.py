@@ -87,3 +87,17 @@ def append(path: Path, sources: str, outcomes: Iterable[Outcome]) -> Iterator[Ou
         for outcome in outcomes:
             file.write(as_json(Line(sources, outcome)) + b"\n")
             yield outcome
+
+
+def measured_in(published: Path) -> frozenset[str]:
+    """Return the ids of the cases that a published accuracy.json holds."""
+    found = msgspec.json.decode(published.read_bytes(), type=_Published)
+    return frozenset(line.case for line in found.cases)
+
+
+class _PublishedCase(msgspec.Struct, frozen=True):
+    case: str
+
+
+class _Published(msgspec.Struct, frozen=True):
+    cases: list[_PublishedCase]

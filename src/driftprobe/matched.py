@@ -4,7 +4,10 @@ A wrong softmax scale moves every score along itself, a wrong quantisation scale
 every element of a norm. The difference of the two sides is projected on that direction. Rounding has no sign: under it
 each term of the projection is as likely to be positive as negative, so the projection in units of the root of the sum
 of its squared terms is about normal, whatever the errors' sizes are (the sign-flip test: Fisher 1935, section 21; Efron
-1969). All layers and steps are pooled: a global fault adds up, rounding does not.
+1969). All layers and steps are pooled: a global fault adds up, rounding does not. Each tap is looked at alone as well,
+where the noise that has come down to later layers does not bury it; many taps are many chances, and the limit rises
+with their number. A norm is not: it has one factor a row, whose own rounding can move all of the row one way. A cache's
+rows are the same at every step, and are pooled within one.
 
 Where an op's inputs differ, the difference that they make is computed and taken off first (scores), or the tap is left
 out: a matched filter sees the op, not what came down to it.
@@ -12,7 +15,8 @@ out: a matched filter sees the op, not what came down to it.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -32,6 +36,10 @@ ROUNDINGS = 0.82
 MIN_SHARE = 1 / 4
 """Smallest relative change, in unit roundoffs of the stored dtype, that is a fault. Kernels that round a scale or a
 soft-cap in another order lean one way by less: 0.21 is the most that was seen."""
+
+LEAST_SHARE = {"mlp_out": 1.5}
+"""The same for taps whose rounding can lean: where one hidden unit outweighs the others, its rounding moves the whole
+result along itself, by up to two roundoffs of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,33 +73,62 @@ class _Projection:
 
 
 def match_filters(pairs: Iterable[Pair], on: Bench) -> tuple[Match, ...]:
-    """Return what the filters find in one arm's pairs with prefill, first place first; nothing in a fine dtype."""
+    """Return what the filters find in one arm's pairs with what it repeats, first place first; nothing in a fine dtype.
+
+    At most one match a tensor.
+    """
     if not coarse(on.facts):
         return ()
-    found: dict[str, dict[_Variant, list[_Projection]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, dict[_Group, list[_Projection]]] = defaultdict(lambda: defaultdict(list))
+    looks: Counter[str] = Counter()
     for pair in pairs:
         record = pair.reference
         place = (record.step, record.layer, record.tensor)
+        looks[record.tensor] += record.tensor in _NAMES
         if record.tensor in _NAMES and not pair.drift.equal:
             for variant, item in _projections(place, on):
-                found[record.tensor][variant].append(item)
-    matches = (_best(tensor, variants, on) for tensor, variants in found.items())
+                found[record.tensor][record.step if record.tensor in CACHE_TAPS else 0, variant].append(item)
+    matches = (_first_match(tensor, groups, looks[tensor], on) for tensor, groups in found.items())
     return tuple(match for match in matches if match is not None)
 
 
 _Variant = int | str
 """Which direction of a tap: `all` of it along itself, one head of it, or the turn of a rotation."""
+_Group = tuple[int, _Variant]
+"""What is pooled: a direction, and for cache rows, which are the same ones at every step, a step."""
 
 
-def _best(tensor: str, variants: dict[_Variant, list[_Projection]], on: Bench) -> Match | None:
-    """Return the clearest of a tap's matches: one head that moves is clearer than all heads taken together."""
-    found = (_pooled(tensor, variant, items, on) for variant, items in variants.items())
-    return max((match for match in found if match is not None), key=_clearness, default=None)
+def _first_match(tensor: str, groups: dict[_Group, list[_Projection]], looks: int, on: Bench) -> Match | None:
+    """Return the clearest of a tensor's matches, of the first step in which there is one."""
+    for step in sorted({step for step, _ in groups}):
+        found = (_clearest(tensor, group[1], items, looks, on) for group, items in groups.items() if group[0] == step)
+        best = max(filter(None, found), key=lambda pair: pair[0], default=None)
+        if best is not None:
+            return best[1]
+    return None
 
 
-def _clearness(match: Match) -> float:
+def _clearest(
+    tensor: str, variant: _Variant, items: list[_Projection], looks: int, on: Bench
+) -> tuple[float, Match] | None:
+    """Return a group's match and how clear it is: all taps pooled, or one of them alone where that is clearer.
+
+    One of `looks` taps is the clearest by chance as well: its z² must be larger by 2·ln(looks), the Gaussian tail's
+    price of as many tries.
+    """
+    pooled = _pooled(tensor, variant, items, on)
+    found = [] if pooled is None else [(_clearness(pooled, 0.0), pooled)]
+    price = 2.0 * math.log(max(looks, 1))
+    for item in items if tensor in _ALONE and len(items) > 1 else ():
+        alone = _pooled(tensor, variant, [item], on)
+        if alone is not None and alone.z**2 - price >= MIN_Z**2:
+            found.append((_clearness(alone, price), alone))
+    return max(found, key=lambda pair: pair[0], default=None)
+
+
+def _clearness(match: Match, price: float) -> float:
     """Return how clear a match is; one head that moves alone is as clear as all together, and says more."""
-    return abs(match.z) * (1.001 if "head" in match.parameters else 1.0)
+    return math.sqrt(max(match.z**2 - price, 0.0)) * (1.001 if "head" in match.parameters else 1.0)
 
 
 def _projections(place: Place, on: Bench) -> Iterator[tuple[_Variant, _Projection]]:
@@ -104,10 +141,15 @@ def _projections(place: Place, on: Bench) -> Iterator[tuple[_Variant, _Projectio
         for pairing, direction, size in _turns(place, p, on):
             yield from _projected(pairing, place, gap, direction, size)
         return
-    yield from _projected("all", place, gap, p, p)
+    yield from _projected("all", place, gap, p, _error_size(place, p))
     if place[2] in CACHE_TAPS and p.shape[1] > 1:
         for head in range(p.shape[1]):
             yield from _projected(head, place, gap[:, head], p[:, head], p[:, head])
+
+
+def _error_size(place: Place, p: Float64) -> Float64:
+    """Return what an element's rounding error is as large as: itself, or, behind a sum of rounded terms, the others."""
+    return np.hypot(p, np.sqrt(np.square(p).mean())) if place[2] in LEAST_SHARE else p
 
 
 def _projected(
@@ -245,7 +287,7 @@ def _pooled(tensor: str, variant: _Variant, items: list[_Projection], on: Bench)
     z, share = total / spread, total / weight
     if tensor in _TURNED:  # few pairs turn: in units of the roundings of both sides, which no pair's can exceed
         z = max(z, total / (ROUNDINGS * on.roundoff(items[0].place) * weight**0.5), key=abs)
-    if abs(z) < MIN_Z or abs(share) < MIN_SHARE * _coarsest(items[0].place, on):
+    if abs(z) < MIN_Z or abs(share) < LEAST_SHARE.get(tensor, MIN_SHARE) * _coarsest(items[0].place, on):
         return None
     first = _first_of(items, share).place
     named = _NAMES[tensor](share, first, on)
@@ -300,13 +342,20 @@ def _epsilon(share: float, place: Place, on: Bench) -> tuple[str, Parameters] | 
     return "norm_epsilon", {"delta": size * ((1.0 + share) ** -2 - 1.0)}
 
 
+def _scaled(share: float, _place: Place, _on: Bench) -> tuple[str, Parameters]:
+    return "projection_scale", {"error": share}
+
+
 _NORMS = ("attn_norm", "ffn_norm", "q_norm", "k_norm", "final_norm")
 _TURNED = ("q_rope", "k_rope")
+_ALONE = {"attn_scores", "logits", "mlp_out"} | CACHE_TAPS
+"""Tensors of which one tap can tell by itself: no rounding is shared by all its elements."""
 _NAMES: dict[str, _Named] = {
     "attn_scores": _factor("score_scale"),
     "k_cache": _factor("cache_scale"),
     "v_cache": _factor("cache_scale"),
     "logits": _factor("logit_scale"),
+    "mlp_out": _scaled,
     **dict.fromkeys(_TURNED, _factor("rope_scaling")),
     **dict.fromkeys(_NORMS, _epsilon),
 }

@@ -61,7 +61,8 @@ def _wanted(judged: TraceJudgement) -> set[_Where]:
     """
     cells = (*judged.cells, *judged.aligned_cells)
     failing: set[_Where] = {(c.step, c.layer, c.tensor) for c in cells if c.status is Status.FAIL or _close(c)}
-    failing |= {where for match in judged.matches for where in match.places}
+    matches = (*judged.matches, *(failure.match for failure in judged.failures))
+    failing |= {where for match in matches if match is not None for where in match.places}
     failing |= {(flip.step, flip.layer, tap) for flip in judged.flips if flip.earlier for tap in CACHE_TAPS}
     caches = {step for step, _, tensor in failing if tensor in CACHE_TAPS}
     return failing | {(c.step, c.layer, c.tensor) for c in cells if c.tensor in CACHE_TAPS and c.step in caches}

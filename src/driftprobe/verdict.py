@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from driftprobe.climb import climb, in_words
 from driftprobe.compare import Drift, Pair, Pairing, PayloadSource, pair
@@ -37,6 +37,7 @@ from driftprobe.judgement import (
     Verdict,
 )
 from driftprobe.local import LOCAL_LIMIT, Bench, bench, own_rounding
+from driftprobe.local import Place as StepPlace
 from driftprobe.matched import Match, match_filters
 from driftprobe.rows import check_rows, kv_indicators
 from driftprobe.scores import pass_shifts, without_shifts
@@ -90,11 +91,11 @@ def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
     decode, aligned = pair(trace, "P", "D", payloads), _aligned(trace, payloads)
     controls = _controls(trace, payloads)
     pairs = (*decode.matched, *aligned.matched)
-    local = _guilty_locally(trace, controls, payloads)
-    bounds = measure_floors(trace.header, pairs, controls, frozenset(local)).bounds
+    alone = _guilty(trace, controls, payloads)
+    bounds = measure_floors(trace.header, pairs, controls, frozenset(alone)).bounds
     controls = without_flips(controls, bounds, payloads)
-    controls = without_shifts(controls, measure_floors(trace.header, pairs, controls, frozenset(local)))
-    floors = measure_floors(trace.header, pairs, controls, frozenset(local))
+    controls = without_shifts(controls, measure_floors(trace.header, pairs, controls, frozenset(alone)))
+    floors = measure_floors(trace.header, pairs, controls, frozenset(alone))
     forced = pair(trace, "P", "T", payloads).matched if any(r.arm == "T" for r in trace.records) else ()
     rounds = not trace.header.rung or bool(trace.header.engine.casts)  # at a rung without casts no near tie flips
     settled = settle(decode.matched, forced, floors.by_place, payloads, earlier=rounds)
@@ -103,7 +104,7 @@ def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
     strangers = tuple(r for r in trace.records if r.arm not in (*_COMPARED, CONSTANTS) and not is_control(r.arm))
     evidence = Evidence(trace, decode, aligned, strangers, controls, floors, cells)
     gates = pass_gates(evidence)
-    failures = _failures(cells, controls, floors, local, ties=rounds)
+    failures = _failures(cells, controls, floors, alone, ties=rounds)
     shut = any(not gate.passed for gate in gates)
     reading = Reading.NONE if shut else _reading(cells, aligned_cells)
     verdict, reason = _decide(gates, cells, failures, reading, settled)
@@ -146,16 +147,39 @@ def _controls(trace: Trace, payloads: PayloadSource) -> Controls:
     return {arm: pair(trace, repeated(arm), arm, payloads).matched for arm in arms}
 
 
-def _guilty_locally(trace: Trace, controls: Controls, payloads: PayloadSource) -> dict[str, list[tuple[Pair, float]]]:
-    """Return the controls in which an op with equal inputs differs by more than its own rounding, and where."""
-    guilty: dict[str, list[tuple[Pair, float]]] = {}
+@dataclass(frozen=True, slots=True)
+class _Guilt:
+    """A pair of a control under its floor that rounding does not explain: by the local test, or a matched filter."""
+
+    pair: Pair
+    local: float | None
+    match: Match | None
+
+
+def _guilty(trace: Trace, controls: Controls, payloads: PayloadSource) -> dict[str, list[_Guilt]]:
+    """Return the controls in which an op differs by more than its own rounding, or all one way, and where."""
+    found: dict[str, list[_Guilt]] = {}
     for arm, pairs in controls.items():
         if _is_held(arm):
             on = bench(trace, pairs, payloads)
-            tested = [(pair, own_rounding(pair, on)) for pair in pairs]
-            found = [(pair, told.excess) for pair, told in tested if told is not None and told.excess > LOCAL_LIMIT]
-            guilty.update({arm: found} if found else {})
-    return guilty
+            matches = _by_place(match_filters(pairs, on))
+            tested = [_guilt(item, on, matches.get(_place_of(item))) for item in pairs]
+            found[arm] = [guilt for guilt in tested if guilt is not None]
+    return {arm: guilts for arm, guilts in found.items() if guilts}
+
+
+def _guilt(item: Pair, on: Bench, match: Match | None) -> _Guilt | None:
+    told = own_rounding(item, on)
+    local = None if told is None or told.excess <= LOCAL_LIMIT else told.excess
+    return None if local is None and match is None else _Guilt(item, local, None if local is not None else match)
+
+
+def _by_place(matches: Iterable[Match]) -> dict[StepPlace, Match]:
+    return {(match.step, match.layer, match.tensor): match for match in matches}
+
+
+def _place_of(item: Pair) -> StepPlace:
+    return (item.reference.step, item.reference.layer, item.reference.tensor)
 
 
 def _is_held(arm: str) -> bool:
@@ -168,8 +192,8 @@ def _cells(pairs: Sequence[Pair], floors: Floors, trace: Trace, payloads: Payloa
     found: dict[int, Cell] = {}
     for here in _by_position(pairs):
         on = bench(trace, here, payloads)
-        matches = {(m.step, m.layer, m.tensor): m for m in match_filters(here, on)}
-        found.update({id(item): _cell(item, floors, on, matches) for item in here})
+        matches = _by_place(match_filters(here, on))
+        found.update({id(item): _cell(item, floors, on, matches.get(_place_of(item))) for item in here})
     return tuple(found[id(item)] for item in pairs)
 
 
@@ -182,9 +206,8 @@ def _by_position(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
     return list(groups.values())
 
 
-def _cell(item: Pair, floors: Floors, on: Bench, matches: dict[tuple[int, int | None, str], Match]) -> Cell:
+def _cell(item: Pair, floors: Floors, on: Bench, match: Match | None) -> Cell:
     record, floor, local = item.reference, _floor_of(item, floors), own_rounding(item, on)
-    match = matches.get((record.step, record.layer, record.tensor))
     beyond = match is not None or (local is not None and local.excess > LOCAL_LIMIT)
     status = Status.FAIL if beyond else _status(item.drift, floor)
     return Cell(
@@ -207,7 +230,7 @@ def _status(drift: Drift, floor: Floor) -> Status:
 
 
 def _failures(
-    cells: Sequence[Cell], controls: Controls, floors: Floors, local: dict[str, list[tuple[Pair, float]]], *, ties: bool
+    cells: Sequence[Cell], controls: Controls, floors: Floors, alone: dict[str, list[_Guilt]], *, ties: bool
 ) -> tuple[Failure, ...]:
     """Return the failures of decode and of guilty controls: earliest step first, each step in execution order.
 
@@ -222,10 +245,10 @@ def _failures(
     ]
     known = {(f.arm, f.step, f.layer, f.tensor) for f in guilty}
     guilty += [
-        replace(_failure(item, _floor_of(item, floors), item.candidate.phase), local=excess)
-        for found in local.values()
-        for item, excess in found
-        if (item.candidate.arm, item.reference.step, item.reference.layer, item.reference.tensor) not in known
+        replace(_failure(it.pair, _floor_of(it.pair, floors), it.pair.candidate.phase), local=it.local, match=it.match)
+        for found in alone.values()
+        for it in found
+        if (it.pair.candidate.arm, *_place_of(it.pair)) not in known
     ]
     return tuple(sorted((*decode, *guilty), key=_order))
 

@@ -69,7 +69,7 @@ def run_on_node(
         for line in plan_of(node, arguments, root.parent.name, root.name):
             click.echo(line)
         return 0
-    run_there(node, arguments, root, _teller(node.host, progress), prompts=prompts)
+    run_there(node, arguments, root, _silent if how.quiet else _teller(node.host, progress), prompts=prompts)
     result = analyze(root)
     write_reports(root, result.reports())
     facts = result.traces[0].header.engine
@@ -110,6 +110,10 @@ def _teller(host: str, progress: Progress | None) -> Callable[[str], None]:
             click.echo(click.style(f"{host}: ", dim=True) + printable(line), err=True)
 
     return told
+
+
+def _silent(_line: str) -> None:
+    """Take a line of the node's that nobody asked for; it is in the run log all the same."""
 
 
 def printable(line: str) -> str:

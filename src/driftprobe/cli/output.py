@@ -104,7 +104,7 @@ def _text(result: Result, how: Output, place: str, before: Iterable[str], after:
     console = Console(highlight=False, markup=False)
     if how.quiet:
         judgement = result.judgement
-        console.print(f"{judgement.verdict.value}: {judgement.reason}", soft_wrap=True)
+        console.print(f"verdict: {judgement.verdict.value} — {judgement.reason}", soft_wrap=True)
         return EXIT_CODES[judgement.verdict]
     for line in before:
         console.print(line, style="dim", soft_wrap=True)

@@ -7,12 +7,9 @@ payloads. What it prints goes to the run log. A call that fails gives an event `
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +26,7 @@ from driftprobe.faults import Expected
 from driftprobe.fingerprint import CAST_ROUNDOFF, SKETCH_SIZE, UNIT_ROUNDOFF
 from driftprobe.payload import Payloads
 from driftprobe.plan import ARMS, KNOBS, Arm, Mode, Plan, Prompt
+from driftprobe.subprocesses import run_program
 from driftprobe.trace import CONSTANTS, FAILED, EngineFacts, Event, Record, Trace, read_trace
 
 if sys.version_info >= (3, 11):
@@ -41,8 +39,6 @@ PLACEHOLDERS = ("model", "prompt", "prompt_file", "prompt_len", "tokens", "phase
 """What may stand in the command between braces; docs/engines.md says what each becomes."""
 _BRACES = re.compile(r"\{([A-Za-z_]*)\}")
 _LAST_LINES = 5
-_TAIL = 1 << 20
-"""Bytes of one call's output that go to the log: its last ones."""
 _SHOWN = 16
 """How many token ids a message shows."""
 _PHASES = {"P": "prefill_last", "D": "decode", "A": "decode", "E": "prefill_ext"}
@@ -271,7 +267,7 @@ class CommandEngine:
         values = self._values(arm, tokens, layers, place)
         command = [_BRACES.sub(lambda found: values[found[1]], part) for part in self.program.command]
         self._said.append(f"$ {shlex.join(command)}")
-        failure, lines = _run(command, self.folder, self.program, place / "output.txt")
+        failure, lines = run_program(command, self.folder, self.program.environment, self.program.time_limit)
         self._said += lines
         trace, out = None, Path(values["out"])
         if not failure:
@@ -333,51 +329,6 @@ class Call:
 def _plan_of(token_ids: Sequence[int]) -> Plan:
     """Return the plan of a call beside a run: one prefill, its last position read."""
     return Plan(Mode.AS_DESIGNED, Prompt("p0", tuple(token_ids)), 1, 0, ())
-
-
-def _run(command: list[str], folder: Path, program: Program, output: Path) -> tuple[str, list[str]]:
-    """Run a command to its end; returns why it failed, or nothing, and what it printed."""
-    failure = ""
-    with output.open("wb") as file:
-        try:
-            process = subprocess.Popen(
-                command, cwd=folder, env={**os.environ, **program.environment}, stdin=subprocess.DEVNULL, stdout=file,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        except OSError as error:
-            return f"{command[0]} cannot be started: {error.strerror or error}", []
-        try:
-            code = process.wait(program.time_limit)
-            failure = "" if code == 0 else f"{command[0]} ended with {_ending(code)}"
-        except subprocess.TimeoutExpired:
-            failure = f"{command[0]} was still running after {program.time_limit:g} s (time_limit)"
-        finally:
-            _end(process)
-    return failure, _tail(output)
-
-
-def _tail(output: Path) -> list[str]:
-    """Return the lines at the end of what a program printed, however much that is."""
-    with output.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-        text = file.read(_TAIL).decode("utf-8", errors="replace")
-    return [line.rstrip() for line in text.splitlines() if line.strip()]
-
-
-def _ending(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"signal {signal.Signals(-code).name}"
-    except ValueError:
-        return f"signal {-code}"
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a program that this engine started and that still runs, with what it started itself."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def _read(path: Path, arm: str, tokens: Sequence[int]) -> tuple[Trace | None, str]:

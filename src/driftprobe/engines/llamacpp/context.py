@@ -115,12 +115,14 @@ class Call:
 class Context:
     """One context: a cache, and the graph that runs on it."""
 
-    def __init__(self, model: Model, settings: Settings, room: int, *, listens: bool = True) -> None:
+    def __init__(
+        self, model: Model, settings: Settings, room: int, *, listens: bool = True, ubatch: int | None = None
+    ) -> None:
         """Make a context with a cache of at least `room` slots. Raises UsageError where llama.cpp refuses it.
 
-        Without `listens` it has no callback: for measuring what that costs.
+        Without `listens` it has no callback: for measuring what that costs. `ubatch` is llama.cpp's `n_ubatch`.
         """
-        self.model, self.settings, self.listens = model, settings, listens
+        self.model, self.settings, self.listens, self.ubatch = model, settings, listens, ubatch or UBATCH
         self.slots = -(-room // _PAD) * _PAD
         self.error: BaseException | None = None
         self.heard: Heard | None = None
@@ -145,7 +147,7 @@ class Context:
         parameters = llama_cpp.llama_context_default_params()
         number = TYPE_NUMBERS[self.settings.cache_type]
         parameters.n_ctx = parameters.n_batch = self.slots
-        parameters.n_ubatch = min(UBATCH, self.slots)
+        parameters.n_ubatch = min(self.ubatch, self.slots)
         parameters.type_k = parameters.type_v = number
         parameters.flash_attn_type = {"on": 1, "off": 0, None: -1}[self.settings.flash_attn]
         parameters.n_threads = parameters.n_threads_batch = self.settings.threads
