@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 
 from driftprobe.api import analyze
-from driftprobe.cli.show import show
+from driftprobe.cli.show import show, show_reports
 
 _EPILOG = """\b
 Examples:
@@ -27,5 +27,5 @@ def command(traces: Path, mode: str | None, output: Path | None) -> None:
     console = Console(highlight=False)
     code = show(result, console)
     if output is not None:
-        console.print(f"  {'report:':<17}{result.write(output).as_posix()}", soft_wrap=True)
+        show_reports(result.write(output).parent, console)
     click.get_current_context().exit(code)

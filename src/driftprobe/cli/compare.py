@@ -11,7 +11,7 @@ from rich.console import Console
 
 from driftprobe.api import compare
 from driftprobe.artifacts import place_of
-from driftprobe.cli.show import show
+from driftprobe.cli.show import show, show_reports
 from driftprobe.trace import LEFT_OUT, Trace
 
 _SHOWN = 3
@@ -47,7 +47,7 @@ def command(traces_a: Path, traces_b: Path, date: str | None, name: str, out: Pa
     code = show(result, console)
     for line in _left_out(result.traces):
         console.print(line, style="yellow", soft_wrap=True)
-    console.print(f"  {'report:':<17}{(root / 'B3_66_V2_FINAL_REPORT.md').as_posix()}", soft_wrap=True)
+    show_reports(root, console)
     click.get_current_context().exit(code)
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from driftprobe.api import Progress, Step, analyze
 from driftprobe.artifacts import write_reports
-from driftprobe.cli.show import show
+from driftprobe.cli.show import show, show_map, show_reports
 from driftprobe.errors import UsageError
 from driftprobe.prompts import read_prompt_file
 from driftprobe.remote import plan_of, run_there
@@ -33,6 +33,7 @@ _OURS = {
     "progress",
     "prompt_file",
     "unshown",
+    "browse",
 }
 
 
@@ -77,7 +78,9 @@ def run_on_node(
     console.print(f"{facts.model}  {facts.dtype}  {facts.attention}  {facts.version}  on {node.host}", style="dim",
                   soft_wrap=True)  # fmt: skip
     code = show(result, console)
-    console.print(f"  {'report:':<17}{(root / 'B3_66_V2_FINAL_REPORT.md').as_posix()}", soft_wrap=True)
+    if not context.params["quiet"]:
+        show_map(result.judgement, console)
+    show_reports(root, console, opened=context.params["browse"])
     return code
 
 

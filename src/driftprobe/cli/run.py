@@ -17,7 +17,7 @@ from driftprobe.artifacts import check_place, place_of, stage_of
 from driftprobe.boundaries import LONGEST, Boundaries
 from driftprobe.cli.engine_options import engine_options, opened
 from driftprobe.cli.on_a_node import PROGRESS, node_options, run_on_node
-from driftprobe.cli.show import EXIT_CODES, show
+from driftprobe.cli.show import EXIT_CODES, show, show_map, show_reports
 from driftprobe.engines.base import Engine
 from driftprobe.errors import UsageError
 from driftprobe.faults import find_fault
@@ -63,7 +63,8 @@ Reports go to OUT/DATE/NAME. Exit codes: 0 NO_DRIFT or STRUCTURAL_DRIFT, 1 MISMA
 )
 @node_options
 @click.option("--progress", default="auto", show_default=True, help="auto (a bar on a terminal), lines or none.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("--open", "browse", is_flag=True, help="Open report.html in the browser.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no map.")
 def command(
     engine: str,
     model: str,
@@ -96,6 +97,7 @@ def command(
     dry_run: bool,
     unshown: bool,
     progress: str,
+    browse: bool,
     quiet: bool,
 ) -> None:
     """Run a model's prefill and decode on the same tokens and say whether they differ by arithmetic or by a bug."""
@@ -143,12 +145,14 @@ def _check_dry(dry_run: bool) -> None:
 
 def _shown(result: Result, loaded: Engine, fault: str | None, root: Path) -> int:
     """Print what was run, the verdict and where the report lies; return the exit code."""
-    console, facts = Console(highlight=False), loaded.facts
+    console, facts, context = Console(highlight=False), loaded.facts, click.get_current_context()
     console.print(f"{facts.model}  {facts.dtype}  {facts.attention}  {facts.version}", style="dim", soft_wrap=True)
     if fault is not None:
         console.print(f"planted fault: {fault} — {find_fault(fault).breaks}", style="yellow", soft_wrap=True)
     code = show(result, console)
-    console.print(f"  {'report:':<17}{(root / 'B3_66_V2_FINAL_REPORT.md').as_posix()}", soft_wrap=True)
+    if not context.params["quiet"]:
+        show_map(result.judgement, console)
+    show_reports(root, console, opened=context.params["browse"])
     return code
 
 
