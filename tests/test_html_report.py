@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from base64 import b64encode
+from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
 from typing import Any
@@ -18,7 +19,7 @@ from driftprobe.report.html.pool import Words, short
 from driftprobe.report.html.prints import Prints
 from driftprobe.report.html.views import all_views, chosen, first_look
 from html_pages import HOSTILE, cases, data_of, hostile_run, page_of, toy_run
-from report_traces import run
+from report_traces import broken_from, judged, run
 
 LARGEST = 3_000_000
 """Bytes of a page that everybody can open."""
@@ -134,6 +135,15 @@ def test_hostile_strings_are_text_and_nothing_else() -> None:
     assert "\u202e" not in page and "\\u202e" in page
 
 
+def test_a_page_stays_small_whatever_a_stranger_names_things() -> None:
+    long = "n" * 100_000
+    traces = tuple(
+        replace(trace, records=tuple(replace(r, hash=f"{r.hash}{long}") for r in trace.records))
+        for trace in run(broken_from(0, "q_rope"), prompts=(long,), run=long)[1]
+    )
+    assert len(page_of(judged(traces), traces).encode()) < 1_000_000
+
+
 def test_json_cannot_end_its_element() -> None:
     assert json.loads(inert(json.dumps(list(HOSTILE)))) == list(HOSTILE)
     assert "<" not in inert(json.dumps(list(HOSTILE)))
@@ -202,8 +212,6 @@ def test_guilty_controls_are_no_band() -> None:
     view = json.loads(page_data(judgement, traces, payloads))["views"][0]
     assert view["guilty"] == []
     _, traces = run(lambda arm, layer, tap, array: array * 2 if arm == "E1" and tap != "embed" else array)
-    from report_traces import judged
-
     data = json.loads(page_data(judged(traces), traces, payloads))
     assert data["views"][0]["guilty"] == ["E1"]
     assert set(data["columns"][data["views"][0]["high"]]) == {None}
@@ -245,7 +253,6 @@ def test_a_run_of_32_layers_fits() -> None:
             "attn_probs", "attn_ctx", "attn_out", "x_mid", "ffn_norm", "mlp_out", "x_out")  # fmt: skip
     from html_pages import CHANGES
     from make_trace import toy
-    from report_traces import judged
 
     traces = tuple(toy(CHANGES["rounding"], arms=("E1",), layers=32, taps=taps, mode=mode, prompt=f"p{i}")[0]
                    for i, mode in enumerate(("as_designed", "kv_aligned")))  # fmt: skip

@@ -72,8 +72,8 @@ def top_tokens(view: View, payloads: PayloadSource) -> dict[str, Any] | None:
     ids = list(dict.fromkeys((*cell.reference.top.ids[:TOP], *cell.candidate.top.ids[:TOP])))
     return {
         "ids": ids,
-        "p": [short(sides[0].get(i), 6) for i in ids],
-        "d": [short(sides[1].get(i), 6) for i in ids],
+        "p": [short(sides[0].get(i), 9) for i in ids],
+        "d": [short(sides[1].get(i), 9) for i in ids],
         "lse": [short(cell.reference.top.logsumexp, 6), short(cell.candidate.top.logsumexp, 6)],
         "rounding": short(rounding_of_a_logit(cell)),
     }

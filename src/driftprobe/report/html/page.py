@@ -15,6 +15,7 @@ from importlib.resources import files
 from jinja2 import DictLoader, Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from driftprobe.floor import LIMIT
 from driftprobe.report.html.story import Story
 
 SCRIPTS = ("base.js", "map.js", "record.js", "charts.js", "rows.js", "close.js", "main.js")
@@ -26,6 +27,7 @@ def fill(story: Story, data: str) -> str:
     style, library, script = asset("page.css"), asset("plot.min.js"), own_script()
     return _template().render(
         story=story,
+        limit=f"{LIMIT:g}",
         policy=content_policy((library, script), style),
         style=Markup(style),
         library=Markup(library),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from driftprobe.judgement import Cell, Status
-from driftprobe.report.html.pool import Words, encode, short
+from driftprobe.report.html.pool import Words, encode, name, short
 from driftprobe.report.html.views import View
 from driftprobe.trace import Record
 
@@ -55,7 +55,7 @@ class Prints:
     def _text(self, r: Record) -> str:
         shape = None if r.shape is None else "×".join(map(str, r.shape))
         return encode([
-            self._words.add(r.hash) if not r.hash.startswith("0x") or len(r.hash) != 18 else r.hash[2:],
+            r.hash[2:] if r.hash.startswith("0x") and len(r.hash) == 18 else [name(r.hash)],
             None if r.dtype is None else self._words.add(r.dtype),
             None if shape is None else self._words.add(shape),
             *(short(value, 6) for value in (r.l2, r.abs_sum, r.min, r.max, r.mean)),

@@ -6,7 +6,7 @@ Every string is plain text; the template escapes it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from driftprobe.floor import LIMIT
 from driftprobe.judgement import Failure, Impact, Judgement, Range, Reading, Verdict
@@ -15,12 +15,14 @@ from driftprobe.report.conclusion import impact_words
 from driftprobe.report.evidence import EvidenceRow, evidence_matrix
 from driftprobe.report.html.pool import name
 from driftprobe.report.ladder import ladder_words
-from driftprobe.report.text import NOT_TOLD, count, number, printable, times
+from driftprobe.report.text import NOT_TOLD, clip, count, number, printable, times
 from driftprobe.taps import BY_NAME
 from driftprobe.trace import Trace
 from driftprobe.verdict import base_traces
 from driftprobe.version import __version__
 
+LONG = 800
+"""Characters of a sentence that quotes names from a trace; the other reports have all of it."""
 _HEADLINES = {
     Verdict.NO_DRIFT: "No difference: {both} agree bit for bit.",
     Verdict.STRUCTURAL_DRIFT: "No bug found: {both} differ, and rounding explains all of it.",
@@ -99,22 +101,22 @@ def tell(judgement: Judgement, traces: Sequence[Trace]) -> Story:
         verdict=judgement.verdict.value,
         headline=_HEADLINES[judgement.verdict].format(both=both),
         hypothesis=_HYPOTHESES[judgement.verdict],
-        reason=printable(facts.reason(judgement)),
+        reason=_long(facts.reason(judgement)),
         tiles=(_cause(judgement), _first(judgement.first_failure, judgement), _limit(judgement), _impact(judgement)),
         planted=", ".join(map(name, facts.faults(base))),
         ran=_ran(judgement, base),
-        evidence=evidence_matrix(judgement, base),
+        evidence=tuple(replace(row, figure=_long(row.figure)) for row in evidence_matrix(judgement, base)),
         gates=tuple(
-            Shut(name(item.prompt), name(item.mode), gate.name, gate.passed, printable(gate.detail))
+            Shut(name(item.prompt), name(item.mode), gate.name, gate.passed, _long(gate.detail))
             for item in facts.all_prompts(judgement)
             for gate in item.gates
         ),
         readings=_readings(judgement),
         statistics=_statistics(judgement),
         sides=facts.sides(judgement),
-        ladder=printable(ladder_words(judgement)),
+        ladder=f"It says: {printable(ladder_words(judgement))}.",
         impact=impact_words(judgement),
-        rebuild=facts.report_command(base),
+        rebuild=_long(facts.report_command(base)),
         generated=f"{printable(facts.generated(base))} by driftprobe {__version__}",
     )
 
@@ -128,9 +130,9 @@ def _cause(judgement: Judgement) -> Tile:
             Verdict.NOT_AVAILABLE: "not told",
         }
         shut = [gate for item in facts.all_prompts(judgement) for gate in item.gates if not gate.passed]
-        notes = (printable(f"gate ‘{shut[0].name}’ is shut: {shut[0].detail}"),) if shut else ()
+        notes = (_long(f"gate ‘{shut[0].name}’ is shut: {shut[0].detail}"),) if shut else ()
         return Tile("Cause", words.get(judgement.verdict, NOT_TOLD), notes)
-    first, *more = printable(failure.root_cause).split("; ")
+    first, *more = _long(failure.root_cause).split("; ")
     tap = BY_NAME.get(failure.tensor)
     suspects = (f"look first at: {tap.suspect}",) if tap and tap.suspect and failure.diagnosis is None else ()
     return Tile("Cause", first or NOT_TOLD, (*more, *suspects))
@@ -194,7 +196,7 @@ def _ran(judgement: Judgement, traces: Sequence[Trace]) -> tuple[tuple[str, str]
 
 
 def _long(words: str) -> str:
-    return printable(words)[:600]
+    return clip(printable(words), LONG)
 
 
 def _readings(judgement: Judgement) -> tuple[tuple[str, str, str, str, str], ...]:

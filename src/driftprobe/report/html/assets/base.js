@@ -39,6 +39,11 @@ function powers([low, high], wanted = 6) {
   const step = Math.max(1, Math.ceil((to - from) / wanted));
   return Array.from({ length: Math.max(0, Math.floor((to - from) / step) + 1) }, (_, i) => 10 ** (from + i * step));
 }
+/** Whole numbers from low to high, at most `wanted` and evenly spaced. */
+function wholes(low, high, wanted) {
+  const step = Math.max(1, Math.ceil((high - low + 1) / Math.max(1, wanted)));
+  return Array.from({ length: Math.floor((high - low) / step) + 1 }, (_, i) => low + i * step);
+}
 /** A log domain around the positive values, with room on both sides. */
 function domain(values, fallback = [1e-9, 1]) {
   const good = values.filter((v) => known(v) && v > 0);
@@ -78,14 +83,14 @@ function decode(view) {
 
 /** The colour class of a cell, and its words in the legend. */
 const BINS = [
-  ["e", "equal"], ["b0", "< 0.01"], ["b1", "< 0.1"], ["b2", "< 1"], ["b3", `≤ ${data.limit}`],
+  ["e", "equal"], ["b0", "< 0.1"], ["b1", "< 0.3"], ["b2", "< 1"], ["b3", `≤ ${data.limit}`],
   ["f1", `> ${data.limit}`], ["f2", "> 10"], ["f3", "> 10³"], ["f4", "> 10⁶"], ["f5", "> 10¹²"],
 ];
 function bin(cell) {
   if (cell.status === "e" || cell.status === "u") return cell.status;
   const x = cell.excess;
   if (cell.status === "f") return x > 1e12 ? "f5" : x > 1e6 ? "f4" : x > 1e3 ? "f3" : x > 10 ? "f2" : "f1";
-  return x < 0.01 ? "b0" : x < 0.1 ? "b1" : x < 1 ? "b2" : "b3";
+  return x < 0.1 ? "b0" : x < 0.3 ? "b1" : x < 1 ? "b2" : "b3";
 }
 
 /** Draw into a figure: the plot's own style element goes, the page's style sheet has those rules. */

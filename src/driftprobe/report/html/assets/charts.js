@@ -60,7 +60,7 @@ function drawSteps(view, selected) {
   const line = (points, extra) => Plot.lineY(points, { x: "x", y: (p) => within(p.y, range), stroke: SOFT, ...extra });
   draw("steps", {
     width: widthOf("steps"), height: 260, marginLeft: 46, marginBottom: 36, marginTop: 12, label: `Largest excess at each ${what}`,
-    x: { label: what, labelArrow: "none", ticks: Math.min(steps.length, 12), tickFormat: "d", inset: 8 }, y: { type: "log", domain: range, axis: null },
+    x: { label: what, labelArrow: "none", ticks: wholes(worst[0].x, worst[worst.length - 1].x, 12), tickFormat: "d", inset: 8 }, y: { type: "log", domain: range, axis: null },
     marks: [yPowers(range), Plot.ruleY([data.limit], { stroke: FAIL, strokeDasharray: "4,3" }), Plot.ruleY([1], { stroke: SOFT }), line(worst, {}), dots(worst, 4), line(mine, { strokeDasharray: "2,3" }), dots(mine, 2.5)],
   });
   return say("steps-say", `Solid: the largest excess of each ${what}. Dotted: ${selected ? place(selected) : "the chosen tap"}. Lines across: the floor (1) and the limit (${data.limit}).`);
@@ -100,18 +100,18 @@ function drawArms(view) {
   if (own === undefined || aligned === undefined) return empty("arms", "Arm A was not run for this choice: mode kv_aligned runs it.");
   const other = new Map(cellsOf(aligned).map((c) => [place(c), c]));
   const points = cellsOf(own).map((c) => ({ d: c, a: other.get(place(c)) })).filter(({ d, a }) => a && d.excess !== null && a.excess !== null);
-  const limit = data.limit, range = domain(points.flatMap(({ d, a }) => [d.excess, a.excess]).concat(limit / 50, limit * 50));
-  const corner = (words, right, up) => Plot.text([0], { x: right ? range[1] : limit, y: limit, text: [words], textAnchor: "end", dx: -6, dy: up ? -9 : 10, fill: SOFT, stroke: "var(--page)", strokeWidth: 4 });
+  const limit = data.limit, [across, upward] = ["d", "a"].map((arm) => domain(points.map((p) => p[arm].excess).concat(limit / 50, limit * 50)));
+  const corner = (words, right, up) => Plot.text([0], { x: right ? across[1] : limit, y: limit, text: [words], textAnchor: "end", dx: -6, dy: up ? -9 : 10, fill: SOFT, stroke: "var(--page)", strokeWidth: 4 });
   const width = widthOf("arms");
   draw("arms", {
     width, height: 320, marginLeft: 46, marginBottom: 40, marginTop: 12, marginRight: 14, label: "Excess of arm A over excess of arm D",
-    x: { type: "log", domain: range, axis: null }, y: { type: "log", domain: range, axis: null },
+    x: { type: "log", domain: across, axis: null }, y: { type: "log", domain: upward, axis: null },
     marks: [
-      yPowers(range), Plot.axisX(powers(range, width / 90), { tickFormat: power, label: "D: decode with its own cache", labelArrow: "none", labelAnchor: "center", tickSize: 0, color: SOFT }),
+      yPowers(upward), Plot.axisX(powers(across, width / 90), { tickFormat: power, label: "D: decode with its own cache", labelArrow: "none", labelAnchor: "center", tickSize: 0, color: SOFT }),
       Plot.ruleX([limit], { stroke: FAIL, strokeDasharray: "4,3" }), Plot.ruleY([limit], { stroke: FAIL, strokeDasharray: "4,3" }),
       corner("harness", false, true), corner("computation", true, true), corner("H₀", false, false), corner("contents", true, false),
       Plot.text([0], { frameAnchor: "top-left", dx: 6, dy: 2, text: ["A: with prefill's rows put in"], fill: SOFT }),
-      Plot.dot(points, { x: (p) => within(p.d.excess, range), y: (p) => within(p.a.excess, range), r: 3.2, fill: (p) => (p.a.status === "f" ? colour(p.a) : colour(p.d)), fillOpacity: 0.75, title: (p) => `${place(p.d)}: D ${times(p.d.excess)}, A ${times(p.a.excess)}` }),
+      Plot.dot(points, { x: (p) => within(p.d.excess, across), y: (p) => within(p.a.excess, upward), r: 3.2, fill: (p) => (p.a.status === "f" ? colour(p.a) : colour(p.d)), fillOpacity: 0.75, title: (p) => `${place(p.d)}: D ${times(p.d.excess)}, A ${times(p.a.excess)}` }),
     ],
   });
   return say("arms-say", "One dot a tap. Right of the dashed line D fails, above it A fails; both axes count floors.");

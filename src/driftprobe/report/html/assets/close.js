@@ -11,7 +11,7 @@ function drawAttention(view, head) {
   const left = rows(LEFT, found.p), right = rows(RIGHT, found.d), many = left.length > 90;
   draw("attention", {
     width: widthOf("attention"), height: 260, marginLeft: 50, marginBottom: 36, marginTop: 14, label: `Attention of head ${chosen} in both phases`,
-    x: { label: "key position", labelArrow: "none", tickFormat: "d", inset: 6, ticks: Math.min(10, left.length) }, y: { label: null, grid: true, nice: true },
+    x: { label: "key position", labelArrow: "none", tickFormat: "d", inset: 6, ticks: wholes(found.first, found.first + found.p[at].length - 1, 10) }, y: { label: null, grid: true, nice: true },
     marks: [
       Plot.ruleY([0], { stroke: "var(--line)" }),
       Plot.areaY(left, { x: "x", y: "y", fill: "var(--band)", curve: many ? "linear" : "step" }),

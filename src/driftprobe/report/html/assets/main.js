@@ -2,12 +2,14 @@
 const CHOICES = [
   ["mode", "Mode", (v) => v],
   ["prompt", "Prompt", (v) => v],
-  ["arm", "Decode with", (v) => (v === "A" ? "prefill's cache rows (A)" : "its own cache (D)")],
+  ["arm", "Decode with", (v) => (v === "A" ? "prefill's rows (A)" : "its own cache (D)")],
   ["rung", "Precision", (v) => (v === "" ? data.ladders[0]?.dtype || "as run" : v)],
   ["step", "Step", (v) => String(v)],
   ["position", "Position", (v) => String(v)],
 ];
-const state = { view: data.start[0], cell: data.start[1], column: 0, tap: "", rows: "", head: "", map: null };
+/** Layers beyond which the depth is first shown for one tap alone: every tap's floor is another, and many are a thicket. */
+const DEEP = 12;
+const state = { view: data.start[0], cell: data.start[1], column: 0, tap: null, rows: "", head: "", map: null };
 
 function fillSelect(id, options, value) {
   const select = byId(id);
@@ -54,6 +56,7 @@ function select(index, focus) {
   ringCell(state.map, index);
   drawRecord(cell);
   const taps = [...new Set(cells.filter((c) => c.layer !== null).map((c) => c.tap))];
+  if (state.tap === null) state.tap = new Set(cells.map((c) => c.layer)).size > DEEP && cell.layer !== null ? cell.tap : "";
   if (!taps.includes(state.tap)) state.tap = "";
   fillSelect("depth-tap", [["", "every tap, in order"], ...taps.map((tap) => [tap, tap])], state.tap);
   drawDepth(cells, state.tap, cell);

@@ -11,7 +11,7 @@ function printOf(index) {
   const counts = rest.slice(5, 8).map((v) => (v === null ? null : String(v)));
   const source = rest[8] === "r" ? "recomputed" : "captured";
   const where = rest.slice(9).map((v) => (v === null ? null : String(v)));
-  return [typeof hash === "number" ? data.words[hash] : `0x${hash}`, word(dtype), word(shape), ...numbers, ...counts, source, ...where];
+  return [typeof hash === "string" ? `0x${hash}` : hash[0], word(dtype), word(shape), ...numbers, ...counts, source, ...where];
 }
 
 function worstWords(cell) {

@@ -19,7 +19,7 @@ function strip(id, letter, lists) {
   const tall = Math.max(4, Math.min(26, 280 / mine.length)), every = Math.max(1, Math.ceil(12 / tall)), end = Math.max(...bars.map((b) => b.to));
   draw(id, {
     width: widthOf(id), height: 46 + tall * mine.length, marginLeft: 40, marginBottom: 32, marginTop: 14, label: `${letter.toUpperCase()} rows by position and layer`,
-    x: { domain: [Math.min(...bars.map((b) => b.from)), end], label: "position", labelArrow: "none", ticks: Math.min(8, end), tickFormat: "d" }, y: { axis: null, domain: [0, mine.length], reverse: false, range: [14, 14 + tall * mine.length] },
+    x: { domain: [Math.min(...bars.map((b) => b.from)), end], label: "position", labelArrow: "none", ticks: wholes(Math.min(...bars.map((b) => b.from)), end - 1, 8), tickFormat: "d" }, y: { axis: null, domain: [0, mine.length], reverse: false, range: [14, 14 + tall * mine.length] },
     marks: [
       Plot.rect(bars, { x1: "from", x2: "to", y1: "y", y2: (b) => b.y + 1, insetTop: 0.5, insetBottom: 0.5, fill: (b) => `var(--row-${KINDS[b.kind][0]})`,
         title: (b) => `layer ${b.layer}, rows ${b.from}–${b.to - 1}: ${KINDS[b.kind][1]}${b.kind === ">" ? ` (${b.arg > 0 ? "+" : "−"}${Math.abs(b.arg)})` : b.kind === "L" ? ` (layer ${b.arg})` : ""}` }),
@@ -39,8 +39,8 @@ function diagonal(lists, layer, letter) {
   const width = Math.min(420, widthOf("diagonal")), pad = Math.max(0.6, (end - first) * 0.04);
   draw("diagonal", {
     width, height: width * 0.86, marginLeft: 44, marginBottom: 38, marginTop: 12, label: "Which prefill row stands at each position of decode's cache",
-    x: { domain: [first - pad, end + pad], label: "position in decode's cache", labelArrow: "none", labelAnchor: "center", ticks: Math.min(8, end - first + 1), tickFormat: "d" },
-    y: { domain: [first - pad, end + pad], label: "prefill's row", labelArrow: "none", ticks: Math.min(8, end - first + 1), tickFormat: "d", grid: true },
+    x: { domain: [first - pad, end + pad], label: "position in decode's cache", labelArrow: "none", labelAnchor: "center", ticks: wholes(first, end, 8), tickFormat: "d" },
+    y: { domain: [first - pad, end + pad], label: "prefill's row", labelArrow: "none", ticks: wholes(first, end, 8), tickFormat: "d", grid: true },
     marks: [
       Plot.link([0], { x1: first, x2: end, y1: first, y2: end, stroke: "var(--row-own-line)", strokeWidth: 1 }),
       Plot.link(lines, { x1: "x1", x2: "x2", y1: "y1", y2: "y2", stroke: (d) => `var(--row-${KINDS[d.kind][0]}-line)`, strokeWidth: 5, strokeLinecap: "round", clip: true }),
