@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_left_out_and_said() -> None:
     start, _ = first_look(views, judgement)
     kept = chosen(views, start, budget=1)
     assert kept == [views[start]]
-    some = chosen(views, start, budget=sum(8 * 26 for _ in views[0].cells))
+    some = chosen(views, start, budget=sum(8 * 36 for _ in views[0].cells))
     assert all(view.failing for view in some) and views[start] in some
 
 

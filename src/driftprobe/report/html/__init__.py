@@ -19,6 +19,8 @@ from driftprobe.report.html.prints import Prints
 from driftprobe.report.html.rows import encode_rows
 from driftprobe.report.html.story import tell
 from driftprobe.report.html.views import (
+    NUMBERS,
+    Bands,
     View,
     about_taps,
     all_views,
@@ -31,6 +33,8 @@ from driftprobe.report.html.views import (
 )
 from driftprobe.trace import Trace
 
+DATA_BYTES = 2_000_000
+"""What maps and fingerprints of a page may take together."""
 CLOSE_BYTES = 250_000
 """What the attention rows and logits of all views may take."""
 
@@ -46,12 +50,10 @@ def page_data(judgement: Judgement, traces: Sequence[Trace], payloads: PayloadSo
     start, cell = first_look(everything, judgement)
     views = chosen(everything, start)
     words, taps, pool, row_pool = Words(), Words(), Pool(), Pool()
-    prints = Prints(words)
+    bands = _bands(views, traces)
+    encoded = [encode_view(view, bands[_key(view)], pool, words, taps) for view in views]
+    prints = Prints(words, DATA_BYTES - pool.size - NUMBERS * sum(len(view.cells) for view in views))
     prints.take(views)
-    by_file = {trace.path: trace for trace in traces}
-    judged = {view.judged.file: view.judged for view in views}
-    bands = {file: control_bands(by_file[file], guilty_arms(item)) for file, item in judged.items()}
-    encoded = [encode_view(view, bands[view.judged.file], pool, words, taps) for view in views]
     room = CLOSE_BYTES
     for view, body in zip(views, encoded, strict=True):
         body["p"] = pool.add([prints.number(c.reference) for c in view.cells])
@@ -64,6 +66,22 @@ def page_data(judgement: Judgement, traces: Sequence[Trace], payloads: PayloadSo
         "taps": about_taps(taps.listed()), "words": words.listed(),
     }  # fmt: skip
     return f'{encode(head)[:-1]},"columns":{pool.json()},"rows":{row_pool.json()},"prints":{prints.json()}}}'
+
+
+_Key = tuple[str, str, str]
+"""Mode, prompt and rung: a folder has one trace for each."""
+
+
+def _key(view: View) -> _Key:
+    return (view.judged.mode, view.judged.prompt, view.rung)
+
+
+def _bands(views: Sequence[View], traces: Sequence[Trace]) -> dict[_Key, Bands]:
+    """Return the bands of each trace that is shown; a rung whose run is missing stands for itself."""
+    known = {(trace.header.mode, trace.header.prompt, trace.header.rung): trace for trace in traces}
+    alone = {key[:2]: trace for key, trace in reversed(known.items())}
+    shown = {_key(view): view.judged for view in views}
+    return {key: control_bands(known.get(key) or alone[key[:2]], guilty_arms(judged)) for key, judged in shown.items()}
 
 
 def _index(everything: Sequence[View], views: Sequence[View], start: int) -> int:

@@ -9,14 +9,11 @@ from driftprobe.report.html.pool import Words, encode, name, short
 from driftprobe.report.html.views import View
 from driftprobe.trace import Record
 
-PRINT_BYTES = 1_000_000
-"""What all fingerprints of a page may take."""
-
 
 class Prints:
-    """Fingerprints by number."""
+    """Fingerprints by number, `budget` bytes of them."""
 
-    def __init__(self, words: Words, budget: int = PRINT_BYTES) -> None:
+    def __init__(self, words: Words, budget: int) -> None:
         self.encoded: list[str] = []
         self.left_out = 0
         self._words, self._room = words, budget

@@ -20,6 +20,8 @@ from driftprobe.trace import Trace
 
 VIEW_BYTES = 1_200_000
 """What all maps of a page may take; those that show the least are left out, and the page says so."""
+NUMBERS = 10
+"""Bytes that the numbers of a cell's two fingerprints take."""
 _Place = tuple[int | None, str]
 Bands = dict[_Place, tuple[float, float]]
 """Place -> smallest and largest drift of the control arms there."""
@@ -121,7 +123,9 @@ def chosen(views: Sequence[View], start: int, budget: int = VIEW_BYTES) -> list[
 
 def _size(view: View) -> int:
     """Return about how many bytes a view takes: what its cells do not share with other views."""
-    return 300 + sum(8 if cell.drift.equal else 26 + 30 * (cell.drift.max_abs is not None) for cell in view.cells)
+    equal = sum(cell.drift.equal for cell in view.cells)
+    whole = sum(cell.drift.max_abs is not None and not cell.drift.equal for cell in view.cells)
+    return 300 + 8 * equal + 26 * (len(view.cells) - equal) + 30 * whole + NUMBERS * len(view.cells)
 
 
 def guilty_arms(judged: TraceJudgement) -> list[str]:

@@ -108,5 +108,5 @@ if (data.views.length) {
   listen();
 } else byId("pictures").hidden = true;
 const [views, prints] = data.leftOut;
-say("left-out", [views ? `${views} maps are left out of this page to keep it small; every pair is in the TSV.` : "", prints ? `${prints} fingerprints are left out for the same reason; the trace has them.` : ""].join(" ").trim());
+say("left-out", [views ? `${views} maps are left out of this page to keep it small; every pair is in the TSV.` : "", prints ? `${prints} fingerprints are left out of this page to keep it small; the trace has them.` : ""].join(" ").trim());
 document.documentElement.dataset.ready = "yes";

@@ -27,20 +27,20 @@ function tapOrder(inside) {
   return order;
 }
 
-/** Rows from top to bottom, in units of a row's height; `head` is what the names of the taps take above the layers. */
-function positions(cells, head) {
+/** Rows from top to bottom, in units of a layer's height `tall`; the names of the taps stand above the layers. */
+function positions(cells, tall, names) {
   const { taps, layers, before, after } = layout(cells);
-  const rows = [], gap = 0.45;
+  const rows = [], gap = 7 / tall, bar = Math.max(1, 17 / tall);
   let y = 0;
-  for (const cell of before) { rows.push({ y, cells: [cell], bar: true, label: cell.tap }); y += 1; }
-  if (layers.length) y += head;
+  for (const cell of before) { rows.push({ y, h: bar, cells: [cell], bar: true, label: cell.tap }); y += bar; }
+  if (layers.length) y += names / tall;
   const column = new Map(taps.map((tap, i) => [tap, i]));
   const byLayer = new Map(layers.map((layer) => [layer, new Array(taps.length).fill(null)]));
   cells.forEach((c) => { if (c.layer !== null) byLayer.get(c.layer)[column.get(c.tap)] = c; });
   const top = y;
-  for (const layer of layers) { rows.push({ y, cells: byLayer.get(layer), bar: false, label: String(layer) }); y += 1; }
+  for (const layer of layers) { rows.push({ y, h: 1, cells: byLayer.get(layer), bar: false, layer, label: String(layer) }); y += 1; }
   if (after.length && layers.length) y += gap;
-  for (const cell of after) { rows.push({ y, cells: [cell], bar: true, label: cell.tap }); y += 1; }
+  for (const cell of after) { rows.push({ y, h: bar, cells: [cell], bar: true, label: cell.tap }); y += bar; }
   return { taps, layers, rows, height: y, top, columns: Math.max(1, taps.length) };
 }
 
@@ -49,7 +49,7 @@ const rowHeight = (count) => (count <= 8 ? 34 : count <= 16 ? 26 : count <= 40 ?
 function rectangles(grid) {
   const found = [], missing = [];
   grid.rows.forEach((row, r) => row.cells.forEach((cell, c) => {
-    const box = { x1: row.bar ? 0 : c, x2: row.bar ? grid.columns : c + 1, y1: row.y, y2: row.y + 1, r, c };
+    const box = { x1: row.bar ? 0 : c, x2: row.bar ? grid.columns : c + 1, y1: row.y, y2: row.y + row.h, r, c };
     if (cell) found.push({ ...box, cell });
     else missing.push({ ...box, layer: row.label, tap: grid.taps[c] });
   }));
@@ -60,11 +60,11 @@ function rectangles(grid) {
 function drawMap(cells) {
   const { taps, layers } = layout(cells);
   const width = widthOf("map"), tall = rowHeight(layers.length), longest = Math.min(22, Math.max(0, ...taps.map((tap) => tap.length)));
-  const grid = positions(cells, (14 + longest * 6.6) / tall), { found, missing } = rectangles(grid);
+  const grid = positions(cells, tall, 14 + longest * 6.6), { found, missing } = rectangles(grid);
   const marginTop = 6, marginLeft = 40, narrow = (width - marginLeft) / grid.columns;
   const inset = tall > 12 ? 0.75 : 0.35;
-  const every = Math.max(1, Math.ceil(13 / tall));
-  const labelled = grid.rows.filter((row, i) => row.bar || i % every === 0 || i === grid.rows.length - 1);
+  const every = [1, 2, 5, 10, 20, 50].find((n) => n * tall >= 13) || 100;
+  const labelled = grid.rows.filter((row) => row.bar || row.layer % every === 0);
   const failing = found.filter((item) => item.cell.status === "f" && narrow > 9 && tall > 9 && item.cell.layer !== null);
   const box = { x1: "x1", x2: "x2", y1: "y1", y2: "y2", inset };
   const made = draw("map", {
@@ -80,8 +80,8 @@ function drawMap(cells) {
         x: (d) => d.i + 0.5, y: grid.top, dy: -7, text: (d) => (d.tap.length > 22 ? `${d.tap.slice(0, 21)}…` : d.tap),
         rotate: -90, textAnchor: "start", fill: "currentColor", fontSize: Math.min(12, Math.max(9, narrow - 2)),
       }),
-      Plot.text(labelled.filter((row) => !row.bar), { x: 0, dx: -7, y: (d) => d.y + 0.5, text: "label", textAnchor: "end", fill: "var(--soft)", fontSize: 11 }),
-      Plot.text(labelled.filter((row) => row.bar), { x: grid.columns / 2, y: (d) => d.y + 0.5, text: "label", fill: (d) => (d.cells[0].status === "f" ? "var(--on-fail)" : "currentColor"), fontSize: Math.min(12, tall - 1), pointerEvents: "none" }),
+      Plot.text(labelled.filter((row) => !row.bar), { x: 0, dx: -7, y: (d) => d.y + d.h / 2, text: "label", textAnchor: "end", fill: "var(--soft)", fontSize: 11 }),
+      Plot.text(labelled.filter((row) => row.bar), { x: grid.columns / 2, y: (d) => d.y + d.h / 2, text: "label", fill: (d) => (d.cells[0].status === "f" ? "var(--on-fail)" : "currentColor"), fontSize: 12, pointerEvents: "none" }),
     ],
   });
   made.setAttribute("role", "group");
