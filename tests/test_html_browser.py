@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -191,8 +192,16 @@ def test_a_shift_is_a_line_beside_the_diagonal(opened: Any) -> None:
     tab = opened(cases()["shift"])
     assert "hold the row 1 before" in tab.text("#rows-say")
     assert "row 0 empty" in tab.text("#rows-say")
-    strokes = tab.page.eval_on_selector_all("#diagonal svg path", "all => all.map(p => p.getAttribute('stroke'))")
-    assert "var(--row-moved-line)" in strokes
+    ends = {
+        stroke: [float(n) for n in re.findall(r"-?[\d.]+", path)]
+        for stroke, path in tab.page.eval_on_selector_all(
+            "#diagonal svg path", "all => all.map(p => [getComputedStyle(p).stroke && p.getAttribute('stroke')"
+            " || p.parentElement.getAttribute('stroke'), p.getAttribute('d')])"
+        )
+    }  # fmt: skip
+    (x1, y1, x2, y2), (left, low, *_) = ends["var(--row-own-line)"], ends["var(--row-moved-line)"]
+    on_the_diagonal = y1 + (left - x1) * (y2 - y1) / (x2 - x1)
+    assert low > on_the_diagonal + 20, "one row lower than the diagonal, which is further down the screen"
     tab.quiet()
 
 

@@ -56,6 +56,7 @@ def test_it_fits_the_terminal(width: int) -> None:
     assert all(len(line) <= width for line in printed)
     found = terminal_map(judgement, width)
     assert found is not None
+    assert all(len(label) + 2 + len(marks) <= width for label, marks in found.lines)
     shown = len(found.lines[1][1])
     assert shown + found.cut == len(lines(judgement, 200)["0"])
 
