@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-REPORTS = {"B3_66_V2_FINAL_REPORT.md", "B3_66_V2_ANALYSIS.md", "B3_66_V2_ANALYSIS.tsv", "verdict.json"}
+REPORTS = {"report.html", "B3_66_V2_FINAL_REPORT.md", "B3_66_V2_ANALYSIS.md", "B3_66_V2_ANALYSIS.tsv", "verdict.json"}
 PARTS = ("error:", "where:", "measured:", "allowed:", "next:")
 ONE_PROMPT = ("--prompts", "p0_short", "--date", "2026-02-07")
 QUICK = (*ONE_PROMPT, "--ladder", "off")

@@ -178,7 +178,8 @@ def test_every_report_shows_the_ladder():
     traces, arrays = run_and_rung(off(3 * BASE), off(3 * BASE))
     judged = diagnose(judge(traces, arrays), traces, arrays)
     texts = render_all(judged, traces)
-    final, analysis, tsv, verdict = texts.values()
+    page, final, analysis, tsv, verdict = texts.values()
+    assert "beyond the floor there, where rounding is far too small" in page
     assert "### Precision Ladder" in final and "| `p0` | kv_aligned | float64 | 1.11e-16 |" in final
     assert "1.50" in final and "p0_kv_aligned_float64.jsonl" in final
     assert "#### Precision ladder" in analysis

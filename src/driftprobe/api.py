@@ -119,7 +119,7 @@ class Result:
 
     def reports(self) -> dict[str, str]:
         """Return every report's text by file name."""
-        return render_all(self.judgement, self.traces)
+        return render_all(self.judgement, self.traces, Payloads(self.folder))
 
     def write(self, folder: str | Path) -> Path:
         """Write traces and reports into a folder (made where missing) and return the final report's path.

@@ -27,5 +27,5 @@ def command(traces: Path, mode: str | None, output: Path | None, how: Output) ->
     """Judge the traces in TRACES (a traces folder, or a run's folder) and print the verdict."""
     with progress(quietly(how.quiet), f"reading {traces}") as told:
         result = analyze(traces, mode=mode, progress=told)
-    report = None if output is None else result.write(output)
-    click.get_current_context().exit(tell(result, how, report))
+    root = None if output is None else result.write(output).parent
+    click.get_current_context().exit(tell(result, how, root))

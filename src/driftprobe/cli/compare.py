@@ -44,7 +44,7 @@ def command(traces_a: Path, traces_b: Path, date: str | None, name: str, out: Pa
     labels = result.traces[0].header.labels
     before = [f"left out: {line}" for line in left_out]
     before.append(f"reference: {labels['reference']}   candidate: {labels['candidate']}")
-    code = tell(result, how, root / "B3_66_V2_FINAL_REPORT.md", before, _left_out(result.traces))
+    code = tell(result, how, root, before, _left_out(result.traces))
     click.get_current_context().exit(code)
 
 

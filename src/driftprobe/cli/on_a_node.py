@@ -32,6 +32,7 @@ _OURS = {
     "prompt_file",
     "unshown",
     *OPTIONS,
+    "browse",
 }
 
 
@@ -74,7 +75,7 @@ def run_on_node(
     write_reports(root, result.reports())
     facts = result.traces[0].header.engine
     what = f"{facts.model}  {facts.dtype}  {facts.attention}  {facts.version}  on {node.host}"
-    return tell(result, how, root / "B3_66_V2_FINAL_REPORT.md", [what])
+    return tell(result, how, root, [what], mapped=True, opened=context.params["browse"])
 
 
 def given_arguments(context: click.Context) -> list[str]:

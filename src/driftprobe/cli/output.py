@@ -6,7 +6,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +15,11 @@ from rich.console import Console
 
 from driftprobe.api import Result
 from driftprobe.artifacts import written
-from driftprobe.cli.show import EXIT_CODES, show
+from driftprobe.cli.show import EXIT_CODES, open_page, show, show_map, show_reports
 from driftprobe.errors import UsageError
 from driftprobe.report import github, junit, verdict_json
 from driftprobe.report.conclusion import next_command
+from driftprobe.report.facts import FILES
 from driftprobe.verdict import base_traces
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -69,15 +70,19 @@ def _output(format_: str | None, as_json: bool, junit_file: Path | None, quiet: 
 
 
 def tell(
-    result: Result, how: Output, report: Path | None, before: Iterable[str] = (), after: Iterable[str] = ()
-) -> int:
+    result: Result, how: Output, root: Path | None, before: Iterable[str] = (), after: Iterable[str] = (), *,
+    mapped: bool = False, opened: bool = False,
+) -> int:  # fmt: skip
     """Print a result as asked, write what was asked for, and return the exit code.
 
-    `before` and `after` are lines about the run; in JSON they go to the error stream. Raises OutputError where a file
-    cannot be written.
+    `root` is the folder of the reports, None where none were written. `before` and `after` are lines about the run; in
+    JSON they go to the error stream. `mapped` adds the map to the text, `opened` shows the page in the browser. Raises
+    OutputError where a file cannot be written.
     """
+    if root is not None and opened:
+        open_page(root)
+    shown = partial(_text, result, how, root, before, after, mapped)
     judgement, base = result.judgement, base_traces(result.traces)
-    place = "" if report is None else report.as_posix()
     if how.junit is not None:
         with written(how.junit):
             how.junit.write_text(junit.render(judgement, base), encoding="utf-8", newline="\n")
@@ -87,20 +92,23 @@ def tell(
         click.echo(verdict_json.render(judgement, base), nl=False)
         return EXIT_CODES[judgement.verdict]
     if how.format == "text":
-        return _text(result, how, place, before, after)
+        return shown()
     token = secrets.token_hex(16)  # what a trace brings in is text, whatever it looks like
     click.echo(f"::stop-commands::{token}")
     try:
-        code = _text(result, how, place, before, after)
+        code = shown()
     finally:
         click.echo(f"::{token}::")
+    place = "" if root is None else (root / FILES["final"]).as_posix()
     for line in github.annotate(judgement, place):
         click.echo(line)
     append_summary(github.summary(judgement, base, place))
     return code
 
 
-def _text(result: Result, how: Output, place: str, before: Iterable[str], after: Iterable[str]) -> int:
+def _text(
+    result: Result, how: Output, root: Path | None, before: Iterable[str], after: Iterable[str], mapped: bool
+) -> int:
     console = Console(highlight=False, markup=False)
     if how.quiet:
         judgement = result.judgement
@@ -109,10 +117,12 @@ def _text(result: Result, how: Output, place: str, before: Iterable[str], after:
     for line in before:
         console.print(line, style="dim", soft_wrap=True)
     code = show(result, console)
+    if mapped:
+        show_map(result.judgement, console)
     for line in after:
         console.print(line, style="yellow", soft_wrap=True)
-    if place:
-        console.print(f"  {'report:':<17}{place}", soft_wrap=True)
+    if root is not None:
+        show_reports(root, console)
     command = next_command(result.judgement, base_traces(result.traces))
     if command:
         console.print(f"  {'next:':<17}{command}", soft_wrap=True)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from driftprobe.api import analyze
 from driftprobe.artifacts import write_reports
-from driftprobe.cli.show import show
+from driftprobe.cli.show import open_page, show, show_reports
 
 _EPILOG = """\b
 Example:
@@ -19,12 +19,15 @@ Example:
 
 @click.command(epilog=_EPILOG)
 @click.argument("folder", type=click.Path(path_type=Path))
-def command(folder: Path) -> None:
+@click.option("--open", "browse", is_flag=True, help="Open report.html in the browser.")
+def command(folder: Path, browse: bool) -> None:
     """Rebuild the reports in FOLDER (artifacts/DATE/NAME) from FOLDER/traces, byte for byte."""
     result = analyze(folder)
     root = result.folder.parent if result.folder.name == "traces" else folder
     write_reports(root, result.reports())
     console = Console(highlight=False)
     code = show(result, console)
-    console.print(f"  {'report:':<17}{(root / 'B3_66_V2_FINAL_REPORT.md').as_posix()}", soft_wrap=True)
+    show_reports(root, console)
+    if browse:
+        open_page(root)
     click.get_current_context().exit(code)

@@ -64,6 +64,7 @@ Reports go to OUT/DATE/NAME. Exit codes: 0 NO_DRIFT or STRUCTURAL_DRIFT, 1 MISMA
 )
 @node_options
 @click.option("--progress", default="auto", show_default=True, help="auto (a bar on a terminal), lines or none.")
+@click.option("--open", "browse", is_flag=True, help="Open report.html in the browser.")
 @output_options
 def command(
     engine: str,
@@ -97,6 +98,7 @@ def command(
     dry_run: bool,
     unshown: bool,
     progress: str,
+    browse: bool,
     how: Output,
 ) -> None:
     """Run a model's prefill and decode on the same tokens and say whether they differ by arithmetic or by a bug."""
@@ -150,7 +152,8 @@ def _shown(result: Result, loaded: Engine, fault: str | None, root: Path, how: O
     before = [f"{facts.model}  {facts.dtype}  {facts.attention}  {facts.version}"]
     if fault is not None:
         before.append(f"planted fault: {fault} — {find_fault(fault).breaks}")
-    return tell(result, how, root / "B3_66_V2_FINAL_REPORT.md", before)
+    browse = click.get_current_context().params["browse"]
+    return tell(result, how, root, before, mapped=True, opened=browse)
 
 
 _NOT_OF_SELF_TEST = {

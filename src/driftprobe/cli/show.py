@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import webbrowser
+from pathlib import Path
+
 import click
 from rich.console import Console
 from rich.table import Table
@@ -10,7 +13,9 @@ from rich.text import Text
 from driftprobe.api import Result
 from driftprobe.errors import TraceError
 from driftprobe.judgement import Impact, Judgement, ModeJudgement, Status, Verdict
+from driftprobe.report.facts import FILES
 from driftprobe.report.ladder import ladder_words
+from driftprobe.report.terminal_map import BEYOND, LEGEND, UNTOLD, terminal_map
 from driftprobe.taps import PATHS
 
 EXIT_CODES = {
@@ -45,6 +50,34 @@ def show(result: Result, console: Console) -> int:
     for error in _incomplete(judgement):
         click.echo(str(error), err=True)
     return EXIT_CODES[verdict]
+
+
+def show_reports(root: Path, console: Console) -> None:
+    """Print where the reports of a run lie."""
+    for label, which in (("report", "final"), ("page", "html")):
+        console.print(f"  {label + ':':<17}{(root / FILES[which]).as_posix()}", soft_wrap=True)
+
+
+def open_page(root: Path) -> None:
+    """Open the page of a run in the browser, or say that there is none."""
+    page = root / FILES["html"]
+    if not webbrowser.open(page.resolve().as_uri()):
+        click.echo(f"no browser was found to open {page.as_posix()}", err=True)
+
+
+def show_map(judgement: Judgement, console: Console) -> None:
+    """Print the map: layers down, taps across, the gravest of all prompts, modes and steps."""
+    found = terminal_map(judgement, console.width)
+    if found is None:
+        return
+    console.print(Text(f"{found.head}   (a layer a line, a tap a letter)", "dim"), no_wrap=True, overflow="crop")
+    for label, marks in found.lines:
+        line = Text(f"{label}  ", "dim")
+        for mark in marks:
+            line.append(mark, {BEYOND: "bold red", UNTOLD: "yellow"}.get(mark, "blue"))
+        console.print(line, no_wrap=True, overflow="crop")
+    for words in (*found.key, *([f"and {found.cut} taps more"] if found.cut else []), LEGEND):
+        console.print(Text(f"  {words}", "dim"))
 
 
 def _meaning(judgement: Judgement) -> str:

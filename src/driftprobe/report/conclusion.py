@@ -24,7 +24,7 @@ def conclusion(judgement: Judgement, traces: Sequence[Trace]) -> str:
         _modes_disagree(judgement),
         "### Impact, Apart from Cause",
         _impact_table(judgement),
-        _impact_words(judgement),
+        impact_words(judgement),
         facts.shut_words(judgement),
         "### Detection Limit",
         prose(facts.limits_words(judgement)),
@@ -134,7 +134,8 @@ def _impact_table(judgement: Judgement) -> str:
     return table(head, rows, "lrrlrl")
 
 
-def _impact_words(judgement: Judgement) -> str:
+def impact_words(judgement: Judgement) -> str:
+    """Return what the difference does to the output, in a sentence or two of plain words."""
     logits = [cell for cell in facts.every_cell(judgement) if cell.tensor == "logits"]
     if not logits:
         return "No logits were compared, so the impact on the output is not known."

@@ -15,6 +15,7 @@ from driftprobe.trace import Header, Trace
 MODES = ("as_designed", "kv_aligned")
 """The two modes that every report speaks of, run or not."""
 FILES = {
+    "html": "report.html",
     "final": "B3_66_V2_FINAL_REPORT.md",
     "analysis": "B3_66_V2_ANALYSIS.md",
     "tsv": "B3_66_V2_ANALYSIS.tsv",
