@@ -32,7 +32,8 @@ with torch.no_grad():
 def seconds_of(command: Sequence[str], *, allowed: tuple[int, ...] = (0,)) -> float:
     """Return the seconds of a process. Raises RuntimeError, with what it said, where it ends with another code."""
     started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     took = time.perf_counter() - started
     if done.returncode not in allowed:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-500:]}")
@@ -63,7 +64,7 @@ def runs(repetitions: int, *, large: bool = True) -> dict[str, Ratio]:
 
 
 def starts(repetitions: int) -> dict[str, Ratio]:
-    """Return command → its time ÷ that of an interpreter that does nothing; its own seconds are in `starts_seconds`."""
+    """Return command → its time ÷ that of an interpreter that does nothing."""
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "out"
         seconds_of([*_command("run"), "--prompts", "p0_short", "--ladder", "off", "--out", str(out), "--quiet"])
@@ -78,5 +79,11 @@ def starts(repetitions: int) -> dict[str, Ratio]:
         )
 
 
+def start_of_help(repetitions: int) -> Ratio:
+    """Return the time of `--help` ÷ that of an interpreter that does nothing."""
+    idle, asked = [sys.executable, "-c", "pass"], _command("--help")
+    return in_turn(lambda: seconds_of(idle), {"--help": lambda: seconds_of(asked)}, repetitions)["--help"]
+
+
 def _command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "driftprobe.cli", *words]
+    return [sys.executable, "-c", "from driftprobe.cli import main; main()", *words]
