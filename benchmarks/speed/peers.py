@@ -126,40 +126,22 @@ def nnsight() -> Phases:
 
 
 def transformer_lens() -> Phases:
-    """HookedTransformer.run_with_cache on its own model of the same sizes: references."""
+    """TransformerLens' bridge around the same model, run_with_cache ÷ the bridge alone: references."""
     import torch
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.model_bridge.sources.transformers import boot_from_model
 
-    from benchmarks.speed.subject import IDS, TOKENS, VOCABULARY
+    from benchmarks.speed.subject import Bare, llama
 
-    from transformer_lens.past_key_value_caching import HookedTransformerKeyValueCache as Cache  # isort: skip
+    model = llama()
+    bare, bridge = Bare(model), boot_from_model(model)
 
-    config = HookedTransformerConfig(
-        n_layers=12, d_model=768, n_ctx=2048, d_head=64, n_heads=12, d_mlp=2048, d_vocab=VOCABULARY, act_fn="silu",
-        gated_mlp=True, normalization_type="RMS", positional_embedding_type="rotary", rotary_dim=64,
-        original_architecture="LlamaForCausalLM", final_rms=True, device="cpu", seed=0,
-    )  # fmt: skip
-    model = HookedTransformer(config)
-    prompt, following = torch.tensor([IDS[:TOKENS]]), torch.tensor([IDS[TOKENS:]])
-
-    def timed(call: Callable[..., Any], ids: Any, cache: Any) -> float:
+    def traced() -> float:
         started = time.perf_counter()
-        call(ids, past_kv_cache=cache, prepend_bos=False)
+        with torch.no_grad():
+            bridge.run_with_cache(bare.prompt)
         return time.perf_counter() - started
 
-    def prefill(call: Callable[..., Any]) -> float:
-        with torch.no_grad():
-            return timed(call, prompt, Cache.init_cache(config, "cpu", 1))
-
-    def decode(call: Callable[..., Any]) -> float:
-        with torch.no_grad():
-            cache = Cache.init_cache(config, "cpu", 1)
-            model(prompt, past_kv_cache=cache, prepend_bos=False)
-            return timed(call, following, cache)
-
-    traced = model.run_with_cache
-    return {"prefill": (lambda: prefill(model), lambda: prefill(traced)),
-            "decode": (lambda: decode(model), lambda: decode(traced))}  # fmt: skip
+    return {"prefill": (bare.prefill, traced)}
 
 
 def torchlens() -> Phases:

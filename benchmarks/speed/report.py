@@ -49,8 +49,8 @@ def _capture_table(capture_: dict[str, Any]) -> list[str]:
         "## Capture",
         "",
         "Random Llama, 12 layers × 768, one thread: a prefill of 128 tokens, and one decode step on its cache. Every "
-        "tap, hash + 8 moments + sketch, and the hash of every cache row; traced (`driftprobe.capture`, with its engine "
-        "and its writer, until the last byte is written) ÷ untraced.",
+        "tap, hash + 8 moments + sketch, and the hash of every cache row; traced (`driftprobe.capture`, with its "
+        "engine and writer, until the last byte is written) ÷ untraced.",
         "",
         row(["dtype", "phase", "traced", "ratio", "target", "untraced ms"]),
         "|---|---|---|---|---|---|",

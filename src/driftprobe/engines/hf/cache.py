@@ -165,3 +165,4 @@ def _handed_back(heard: Heard, _model: object, _args: object, output: Any) -> No
     for layer in range(layer_count(cache)):
         keys, values = stored_rows(cache, layer)
         heard.cache[layer] = Rows.of(keys, values, shared=False)
+        heard.cut.discard(layer)
