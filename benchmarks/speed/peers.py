@@ -126,14 +126,14 @@ def nnsight() -> Phases:
 
 
 def transformer_lens() -> Phases:
-    """TransformerLens' bridge around the same model, run_with_cache ÷ the bridge alone: references."""
+    """TransformerLens' bridge around the same model, run_with_cache: references."""
     import torch
-    from transformer_lens.model_bridge.sources.transformers import boot_from_model
+    from transformer_lens.model_bridge import TransformerBridge
 
     from benchmarks.speed.subject import Bare, llama
 
     model = llama()
-    bare, bridge = Bare(model), boot_from_model(model)
+    bare, bridge = Bare(model), TransformerBridge.boot_transformers("llama", hf_model=model)
 
     def traced() -> float:
         started = time.perf_counter()
