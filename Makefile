@@ -1,6 +1,7 @@
 # make demo   set up into .venv, run both modes on the built-in model, print the verdict and where the report lies
 # make test   set up and run all tests        make check   format, lint, types        make clean   remove .venv
 # make engines   build llama.cpp into .venv too (some minutes, once); its tests then run
+# make bench      measure speed beside peers into docs/performance.md (ten minutes, alone)   make bench-quick   CI's part
 # make accuracy   measure error rates on planted faults and benign variations; goes on where it was stopped
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test check clean setup engines calibrate accuracy
+.PHONY: demo test check clean setup engines calibrate accuracy bench bench-quick
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml Makefile hatch_build.py include/driftprobe.h src/driftprobe/_core.c
@@ -40,6 +41,13 @@ calibrate: $(STAMP)
 
 accuracy: $(STAMP)
 	$(BIN)/python -m benchmarks.accuracy
+
+bench: $(STAMP)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[bench]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed
+
+bench-quick: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --quick
 
 clean:
 	rm -rf $(VENV) build dist

@@ -315,35 +315,41 @@ static dp__cursor dp__cursor_of(const dp_tensor *t) {
     return c;
 }
 
-static void dp__advance(dp__cursor *c) {
+/* Step over k elements that lie on the last axis; k is at most what is left of it. */
+static void dp__advance(dp__cursor *c, int64_t k) {
     const dp_tensor *t = c->tensor;
     int64_t size = (int64_t)dp__dtypes[t->dtype].size;
-    int d;
-    for (d = t->ndim - 1; d >= 0; d--) {
-        if (++c->index[d] < t->shape[d]) {
-            c->at += t->strides[d] * size;
-            return;
-        }
-        c->at -= t->strides[d] * (t->shape[d] - 1) * size;
+    int d = t->ndim - 1;
+    c->at += t->strides[d] * size * k;
+    if ((c->index[d] += k) < t->shape[d]) return;
+    for (; d >= 0 && c->index[d] == t->shape[d]; d--) {
+        c->at -= t->strides[d] * t->shape[d] * size;
         c->index[d] = 0;
+        if (d > 0) c->at += t->strides[d - 1] * size, c->index[d - 1]++;
     }
 }
 
 /* The next n elements in C order, in the machine's byte order: where they lie, or copied to `room`. n <= c->left. */
 static const unsigned char *dp__take(dp__cursor *c, size_t n, unsigned char *room) {
-    size_t size = dp__dtypes[c->tensor->dtype].size, i;
+    const dp_tensor *t = c->tensor;
+    size_t size = dp__dtypes[t->dtype].size, done = 0, run, i;
     const unsigned char *data = c->at;
+    int last = t->ndim - 1;
+    c->left -= n;
     if (c->contiguous) {
         c->at += n * size;
-    } else {
-        for (i = 0; i < n; i++) {
-            memcpy(room + i * size, c->at, size);
-            if (i + 1 < n || c->left > n) dp__advance(c);
-        }
-        data = room;
+        return data;
     }
-    c->left -= n;
-    return data;
+    for (; done < n; done += run) {
+        run = (size_t)(t->shape[last] - c->index[last]);
+        if (run > n - done) run = n - done;
+        if (t->strides[last] == 1) memcpy(room + done * size, c->at, run * size);
+        else
+            for (i = 0; i < run; i++)
+                memcpy(room + (done + i) * size, c->at + (int64_t)i * t->strides[last] * (int64_t)size, size);
+        dp__advance(c, (int64_t)run);
+    }
+    return room;
 }
 
 /* The same elements as the format has them: little-endian, bool as 0 or 1. `spare` has room for them. */
@@ -670,10 +676,32 @@ static int dp__in_vectors(const unsigned char *data, int dtype, size_t n, dp__sk
 }
 #endif
 
-/* Pass over a tensor once: hash, moments and sketch of a chunk while it is in cache. */
-static void dp__measure(const dp_tensor *t, size_t size, dp_fingerprint *f, double *sketch, dp__room *room) {
+/* The hashes of a tensor's rows, of `bytes` each, taken from its canonical bytes as they go by. */
+typedef struct dp__rows {
+    uint64_t *hashes;
+    size_t bytes, filled;
+    XXH3_state_t *state; /* of the row that is begun */
+} dp__rows;
+
+static void dp__hash_rows(dp__rows *r, const unsigned char *data, size_t n) {
+    while (n) {
+        size_t part = r->bytes - r->filled < n ? r->bytes - r->filled : n;
+        if (part == r->bytes) {
+            *r->hashes++ = XXH3_64bits(data, part);
+        } else {
+            if (!r->filled) XXH3_64bits_reset(r->state);
+            XXH3_64bits_update(r->state, data, part);
+            if ((r->filled += part) == r->bytes) *r->hashes++ = XXH3_64bits_digest(r->state), r->filled = 0;
+        }
+        data += part, n -= part;
+    }
+}
+
+/* Pass over a tensor once: hash, moments, sketch, and `rows` where they are asked for, of a chunk while it is in cache. */
+static void dp__measure(const dp_tensor *t, size_t size, dp_fingerprint *f, double *sketch, dp__rows *rows, dp__room *room) {
     dp__cursor c = dp__cursor_of(t);
     dp__sketcher s;
+    const unsigned char *canonical;
     dp__sums all = {0, 0, 0, 0, 0, 0, 0};
     size_t b, element = dp__dtypes[t->dtype].size;
     double top;
@@ -686,7 +714,9 @@ static void dp__measure(const dp_tensor *t, size_t size, dp_fingerprint *f, doub
         size_t n = c.left < DP__CHUNK ? c.left : DP__CHUNK, whole = n / 64 * 64;
         const unsigned char *data = dp__take(&c, n, room->bytes);
         dp__sums part = {0, 0, 0, 0, 0, 0, 0};
-        XXH3_64bits_update(room->state, dp__canonical(&c, data, n, room->spare), n * element);
+        canonical = dp__canonical(&c, data, n, room->spare);
+        XXH3_64bits_update(room->state, canonical, n * element);
+        if (rows) dp__hash_rows(rows, canonical, n * element);
         if (dp__in_vectors(data, t->dtype, whole, &s, &part)) {
             dp__pool(&all, &part);
             data += whole * element, n -= whole;
@@ -746,7 +776,7 @@ dp_status dp_fingerprint_of(const dp_tensor *tensor, size_t sketch_size, dp_fing
     dp__room *room;
     if (dp__tensor_fault(tensor) || !print || !sketch || sketch_size < 1 || sketch_size > DP__BLOCK) return DP_BAD_ARGUMENT;
     if (!(room = dp__new_room())) return DP_NO_MEMORY;
-    dp__measure(tensor, sketch_size, print, sketch, room);
+    dp__measure(tensor, sketch_size, print, sketch, NULL, room);
     dp__free_room(room);
     return DP_OK;
 }
@@ -1437,7 +1467,7 @@ static dp_status dp__record(dp_trace *t, const dp_key *key, const dp_tensor *ten
     dp_status status = room && sketch ? DP_OK : DP_NO_MEMORY;
     memset(&line, 0, sizeof line), memset(&name, 0, sizeof name);
     if (status == DP_OK) {
-        dp__measure(tensor, (size_t)t->sketch_size, &print, sketch, room);
+        dp__measure(tensor, (size_t)t->sketch_size, &print, sketch, NULL, room);
         dp__put_record(&line, t, key, tensor, &print, sketch, room);
         dp__put_key(&name, key);
         dp__put(&name, "", 1);

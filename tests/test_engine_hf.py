@@ -15,7 +15,7 @@ import models  # noqa: E402
 from driftprobe import probe  # noqa: E402
 from driftprobe.engines.base import Tapped  # noqa: E402
 from driftprobe.engines.hf import HFEngine  # noqa: E402
-from driftprobe.engines.hf.engine import to_array  # noqa: E402
+from driftprobe.engines.hf.host import to_array  # noqa: E402
 from driftprobe.errors import EngineError  # noqa: E402
 from driftprobe.judgement import Verdict  # noqa: E402
 from driftprobe.plan import Mode, Prompt, make_plan  # noqa: E402

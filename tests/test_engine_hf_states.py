@@ -18,7 +18,7 @@ from driftprobe import probe  # noqa: E402
 from driftprobe.api import run  # noqa: E402
 from driftprobe.engines.hf import HFEngine  # noqa: E402
 from driftprobe.engines.hf.cache import new_cache, past_of, row_layers  # noqa: E402
-from driftprobe.engines.hf.engine import to_array  # noqa: E402
+from driftprobe.engines.hf.host import to_array  # noqa: E402
 from driftprobe.engines.hf.states import stored_states  # noqa: E402
 from driftprobe.errors import ModelError, UsageError  # noqa: E402
 from driftprobe.judgement import Reading, Verdict  # noqa: E402

@@ -13,11 +13,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from driftprobe.errors import DriftprobeError
 from driftprobe.version import __version__
 
 if TYPE_CHECKING:
     from driftprobe.api import Result, analyze, probe
+    from driftprobe.errors import DriftprobeError
     from driftprobe.expect import assert_equivalent
     from driftprobe.judgement import Verdict
     from driftprobe.load import load_traces
@@ -39,6 +39,7 @@ __all__ = [
     "self_test",
 ]
 _HOMES = {
+    "DriftprobeError": "errors",
     "Result": "api",
     "Verdict": "judgement",
     "analyze": "api",

@@ -153,6 +153,7 @@ def probe(
     boundaries: bool = False,
     longest: int = LONGEST,
     ladder: str = "auto",
+    scores: str = "on",
     out: str | Path | None = None,
 ) -> Result:
     """Run a model both ways and return the verdict.
@@ -160,9 +161,10 @@ def probe(
     `model` is a local folder, `builtin:tiny`, or a causal language model object of transformers (its dtype and
     attention kernel stay as they are). `prompts` maps names to text or token ids, or lists them; token ids need no
     tokenizer. The default is the three built-in prompts. `ladder` says whether all is run again in float64: `auto`
-    (where the model is small enough), `on` or `off`. `out` is the artifacts folder to write; without it traces live in
-    a temporary folder as long as the result does, and `Result.write` keeps them. `boundaries` adds prompts at the
-    lengths where the model itself switches, up to `longest` tokens (see `driftprobe.boundaries`).
+    (where the model is small enough), `on` or `off`; `scores` whether attention's are recorded, `on` or `off`: where a
+    fused kernel hides them, they cost another product of query and keys. `out` is the artifacts folder to write;
+    without it traces live in a temporary folder as long as the result does, and `Result.write` keeps them. `boundaries`
+    adds prompts at the lengths where the model itself switches, up to `longest` tokens (see `driftprobe.boundaries`).
 
     Raises UsageError (or a subclass) for input that cannot be used, EngineError where the model fails while it runs.
     """
@@ -173,7 +175,7 @@ def probe(
         chosen += boundary_prompts(find_boundaries(engine, steps, longest), engine, () if prompts is None else chosen)
     options = RunOptions(
         modes=modes, steps=steps, seed=seed, layers=None if layers is None else tuple(layers), payload=payload,
-        fault=fault, strength=strength, ladder=ladder, date=calendar.today().isoformat(),
+        fault=fault, strength=strength, ladder=ladder, scores=scores, date=calendar.today().isoformat(),
         output="" if out is None else str(out),
     )  # fmt: skip
     if out is not None:

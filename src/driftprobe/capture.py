@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from driftprobe.background import Background, Begun
 from driftprobe.constants import constant_record, tensor_name
 from driftprobe.engines.base import Engine, Recorded, Tapped
-from driftprobe.fingerprint import Array, Fingerprint, fingerprint, row_hashes, to_float64
+from driftprobe.fingerprint import Array, fields_and_rows, to_float64
 from driftprobe.payload import payload_file, write_payloads
 from driftprobe.plan import Plan, sequence, tokens_needed
-from driftprobe.taps import CACHE_TAPS
-from driftprobe.trace import CONSTANTS, COST, Event, Header, PlannedRead, Record, Top, TraceWriter
+from driftprobe.taps import CACHE_TAPS, SCORE_TAPS
+from driftprobe.trace import CONSTANTS, COST, Event, Header, Line, PlannedRead, Record, Top, TraceWriter, line_of
 
 PAYLOAD_ARMS = "PDATE"
 """First letters of the arms whose tensors are kept whole: the rest, P', D' and N, are judged by their sketches."""
 TOP = 16
 """How many of the largest logits a record carries."""
-
-_OF_A_FINGERPRINT = tuple(spec.name for spec in fields(Fingerprint))
-"""Copied one by one: `asdict` copies every number of the sketch as well, a third of a capture's time."""
 
 Progress = Callable[[str], None]
 
@@ -60,26 +58,23 @@ def capture(
     started = time.perf_counter()
     header = _header(plan, engine, tokens, options)
     layers = frozenset(layer for where in header.taps.values() for layer in where)
-    path = folder / f"{trace_name(plan)}.jsonl"
+    path, desk = folder / f"{trace_name(plan)}.jsonl", _Desk(plan, tokens, header)
     with TraceWriter(path, header) as writer:
-        kept: dict[str, dict[str, Array]] = {}
-        engine.begin(plan)
-        for arm in plan.arms:
-            for item in engine.run(arm, tokens, layers):
-                if isinstance(item, Event):
-                    writer.event(item)
-                elif isinstance(item, Recorded):
-                    if _wanted(item.record, header):
-                        writer.record(_adopted(item, plan, tokens, header, kept))
-                elif _wanted(item, header):
-                    writer.record(_record(item, plan, tokens, header, kept))
-            progress(f"{arm.name} {'+'.join(str(c.stop - c.start) for c in arm.passes)} tokens")
+        with Background(desk.work, lambda made: desk.write(writer, made)) as background:
+            engine.begin(plan, background.begin)
+            for arm in plan.arms:
+                for handed in engine.run(arm, tokens, layers):
+                    item = handed if isinstance(handed, Begun) else Begun(handed)
+                    if _wanted(item.item, header):
+                        background.put(item, _size(item.item))
+                background.flush()
+                progress(f"{arm.name} {'+'.join(str(c.stop - c.start) for c in arm.passes)} tokens")
         if options.payload != "none":  # without its tensor a constant says nothing
             for constant in engine.constants(layers):
                 record = constant_record(constant, header, trace_name(plan))
-                kept.setdefault(CONSTANTS, {})[tensor_name(record)] = constant.array
+                desk.kept.setdefault(CONSTANTS, {})[tensor_name(record)] = constant.array
                 writer.record(record)
-        for arm_name, arrays in kept.items():
+        for arm_name, arrays in desk.kept.items():
             write_payloads(folder / payload_file(trace_name(plan), arm_name), arrays)
         if plan.rung:
             took = round(1000 * (time.perf_counter() - started))
@@ -87,9 +82,81 @@ def capture(
     return path
 
 
-def _wanted(item: Tapped | Record, header: Header) -> bool:
-    where = header.taps.get(item.tensor)
-    return where is not None and (item.layer is None or item.layer in where)
+def _wanted(item: Tapped | Recorded | Event, header: Header) -> bool:
+    if isinstance(item, Event):
+        return True
+    what = item.record if isinstance(item, Recorded) else item
+    where = header.taps.get(what.tensor)
+    return where is not None and (what.layer is None or what.layer in where)
+
+
+def _size(item: Tapped | Recorded | Event) -> int:
+    array = None if isinstance(item, Event) else item.array
+    return 0 if array is None else array.nbytes
+
+
+_Made = tuple[Line | Event, "Array | None"]
+"""What is written, and the tensor that is kept beside it."""
+
+
+class _Desk:
+    """Turns what an engine hands out into lines and payloads: `work` for each item, whenever; `write` in order."""
+
+    def __init__(self, plan: Plan, tokens: tuple[int, ...], header: Header) -> None:
+        self.plan, self.tokens, self.header = plan, tokens, header
+        self.kept: dict[str, dict[str, Array]] = {}
+        """Arm -> name -> whole tensor."""
+
+    def work(self, item: Tapped | Recorded | Event) -> _Made:
+        """Return the line of an item, and its tensor where that is kept whole."""
+        if isinstance(item, Event):
+            return item, None
+        record = self._record(item) if isinstance(item, Tapped) else self._adopted(item)
+        name, array = self._payload_name(record), item.array
+        if array is None or name is None:
+            return line_of(record, self.header.sketch_size), None
+        record = replace(record, payload=f"{payload_file(trace_name(self.plan), record.arm)}#{name}")
+        return line_of(record, self.header.sketch_size), array
+
+    def write(self, writer: TraceWriter, made: Sequence[_Made]) -> None:
+        """Write lines, and keep their tensors for later."""
+        writer.group(what for what, _ in made)
+        for line, array in made:
+            if array is not None and isinstance(line, Line) and isinstance(line.item, Record):
+                name = self._payload_name(line.item)
+                assert name is not None
+                self.kept.setdefault(line.item.arm, {})[name] = array
+
+    def _payload_name(self, record: Record) -> str | None:
+        if self.header.payload == "none" or not _keeps_payload(record.arm):
+            return None
+        return f"{record.phase}.{record.step}.{'model' if record.layer is None else record.layer}.{record.tensor}"
+
+    def _record(self, item: Tapped) -> Record:
+        read = item.read
+        found, rows = fields_and_rows(item.array, self.header.sketch_size, rows=item.tensor in CACHE_TAPS)
+        return Record(
+            prompt=self.plan.prompt.name,
+            phase=read.phase_name,
+            layer=item.layer,
+            tensor=item.tensor,
+            arm=read.arm,
+            step=read.step,
+            token_id=self.tokens[read.position],
+            logical_tok_idx=read.position,
+            pos_id=item.pos_id,
+            **found,
+            rows=rows,
+            row_start=item.row_start,
+            source=item.source,
+            top=top_of(item.array) if item.tensor == "logits" else None,
+        )
+
+    def _adopted(self, item: Recorded) -> Record:
+        """Return a record of the engine's own under this trace's names; its token is told where it left that out."""
+        record, at = item.record, item.record.logical_tok_idx
+        token = self.tokens[at] if record.token_id is None and at is not None else record.token_id
+        return replace(record, prompt=self.plan.prompt.name, token_id=token, payload=None)
 
 
 def _header(plan: Plan, engine: Engine, tokens: tuple[int, ...], options: CaptureOptions) -> Header:
@@ -97,6 +164,7 @@ def _header(plan: Plan, engine: Engine, tokens: tuple[int, ...], options: Captur
     taps = {
         name: tuple(layer for layer in where if chosen is None or layer in chosen)
         for name, where in engine.taps.items()
+        if plan.scores or name not in SCORE_TAPS
     }
     return Header(
         run=options.run,
@@ -120,50 +188,6 @@ def _header(plan: Plan, engine: Engine, tokens: tuple[int, ...], options: Captur
     )
 
 
-def _record(
-    item: Tapped, plan: Plan, tokens: tuple[int, ...], header: Header, kept: dict[str, dict[str, Array]]
-) -> Record:
-    read, print_ = item.read, fingerprint(item.array, header.sketch_size)
-    record = Record(
-        prompt=plan.prompt.name,
-        phase=read.phase_name,
-        layer=item.layer,
-        tensor=item.tensor,
-        arm=read.arm,
-        step=read.step,
-        token_id=tokens[read.position],
-        logical_tok_idx=read.position,
-        pos_id=item.pos_id,
-        **{name: getattr(print_, name) for name in _OF_A_FINGERPRINT},
-        rows=row_hashes(item.array) if item.tensor in CACHE_TAPS else None,
-        row_start=item.row_start,
-        source=item.source,
-        top=top_of(item.array) if item.tensor == "logits" else None,
-    )
-    return _with_payload(record, item.array, plan, header, kept)
-
-
-def _adopted(
-    item: Recorded, plan: Plan, tokens: tuple[int, ...], header: Header, kept: dict[str, dict[str, Array]]
-) -> Record:
-    """Return a record of the engine's own under this trace's names; its token is told where it left that out."""
-    record, at = item.record, item.record.logical_tok_idx
-    token = tokens[at] if record.token_id is None and at is not None else record.token_id
-    record = replace(record, prompt=plan.prompt.name, token_id=token, payload=None)
-    return _with_payload(record, item.array, plan, header, kept)
-
-
-def _with_payload(
-    record: Record, array: Array | None, plan: Plan, header: Header, kept: dict[str, dict[str, Array]]
-) -> Record:
-    """Return a record that names its payload, and keep that, where its arm's tensors are kept whole."""
-    if array is None or header.payload == "none" or not _keeps_payload(record.arm):
-        return record
-    name = f"{record.phase}.{record.step}.{'model' if record.layer is None else record.layer}.{record.tensor}"
-    kept.setdefault(record.arm, {})[name] = array
-    return replace(record, payload=f"{payload_file(trace_name(plan), record.arm)}#{name}")
-
-
 def _keeps_payload(arm: str) -> bool:
     return arm[0] in PAYLOAD_ARMS and not arm.endswith("'")
 
@@ -173,7 +197,10 @@ def top_of(logits: Array) -> Top | None:
     values = to_float64(logits).reshape(-1)
     if not np.isfinite(values).all():
         return None
-    order = np.lexsort((np.arange(values.size), -values))[:TOP]
+    last = max(values.size - TOP, 0)
+    reached = np.partition(values, last)[last]  # the smallest of the largest: sorting a whole vocabulary takes longer
+    ids = np.flatnonzero(values >= reached)
+    order = ids[np.lexsort((ids, -values[ids]))][:TOP]
     peak = values.max()
     return Top(
         ids=tuple(int(i) for i in order),

@@ -8,8 +8,9 @@ Both give the same hash and the same sketch, bit for bit.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -45,6 +46,7 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CODES = {name: code for code, name in enumerate(DTYPES)}
 """The core's number of each dtype: `dp_dtype` of driftprobe.h has the same order."""
+_CODE_OF = {dtype: _CODES[name] for dtype, name in _NAMES.items()}
 _MAX_DIMS = 8
 BUILT = core is not None
 """Whether the compiled core does the work here."""
@@ -95,7 +97,7 @@ class Fingerprint:
 
 def dtype_name(array: Array) -> str:
     """Return the format's name of an array's dtype; KeyError where the format has none."""
-    return _NAMES[array.dtype.newbyteorder("=")]
+    return _NAMES.get(array.dtype) or _NAMES[array.dtype.newbyteorder("=")]
 
 
 def to_float64(array: Array) -> Float64:
@@ -119,7 +121,8 @@ def row_hashes(array: Array) -> tuple[str, ...]:
     """Return the hash of each slice along the first axis (one a position for a K/V cache tap)."""
     if core is not None and array.ndim:
         where, _alive = _for_core(array)
-        return tuple(f"0x{value:016x}" for value in core.row_hashes(*where))
+        hashes: tuple[str, ...] = core.row_hashes(*where)
+        return hashes
     return tuple(hash_bytes(canonical_bytes(row)) for row in array)
 
 
@@ -128,41 +131,44 @@ def fingerprint(array: Array, sketch_size: int = SKETCH_SIZE) -> Fingerprint:
 
     Raises KeyError where the format has no such dtype, ValueError for a `sketch_size` outside 1 to 65536.
     """
+    fields, _ = fields_and_rows(array, sketch_size, rows=False)
+    return Fingerprint(**fields)
+
+
+def fields_and_rows(
+    array: Array, sketch_size: int = SKETCH_SIZE, *, rows: bool
+) -> tuple[dict[str, Any], tuple[str, ...] | None]:
+    """Return the fields of an array's Fingerprint, and with `rows` the hash of each slice along its first axis.
+
+    One pass for both. Raises as `fingerprint`; `rows` asks for an array of one axis or more.
+    """
     if core is None:
-        return reference_fingerprint(array, sketch_size)
+        print_ = reference_fingerprint(array, sketch_size)
+        return {name: getattr(print_, name) for name in _FIELDS}, row_hashes(array) if rows else None
     where, _alive = _for_core(array)
-    value, nz, nan, inf, abs_sum, low, high, mean, l2, sums = core.fingerprint(*where, sketch_size)
-    return Fingerprint(
-        dtype=dtype_name(array),
-        shape=tuple(int(n) for n in array.shape),
-        hash=f"0x{value:016x}",
-        nz_count=nz,
-        abs_sum=abs_sum,
-        min=low,
-        max=high,
-        mean=mean,
-        l2=l2,
-        nan_count=nan,
-        inf_count=inf,
-        sketch=sums,
-    )
+    *measured, hashes = core.fingerprint(*where, sketch_size, rows)
+    return dict(zip(_FIELDS, (dtype_name(array), array.shape, *measured), strict=True)), hashes
 
 
+_FIELDS = tuple(spec.name for spec in fields(Fingerprint))
+"""The core returns them in this order, behind dtype and shape."""
 _Where = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
 def _for_core(array: Array) -> tuple[_Where, Array]:
-    """Return an array as the core takes it (address, dtype, shape, strides in elements), and what keeps it alive.
+    """Return an array as the core takes it (address, dtype, shape, strides in bytes), and what keeps it alive.
 
     An array in another byte order, with odd strides or of many axes is copied first.
     """
-    size = array.dtype.itemsize
-    if not array.dtype.isnative or any(stride % size for stride in array.strides):
+    code = _CODE_OF.get(array.dtype)
+    if code is None:
         array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("=")))
-    if array.ndim > _MAX_DIMS:
+        code = _CODES[dtype_name(array)]
+    size, strides = array.dtype.itemsize, array.strides
+    if array.ndim > _MAX_DIMS or (size > 1 and any(stride % size for stride in strides)):
         array = np.ascontiguousarray(array).reshape(array.shape[0], math.prod(array.shape[1:]))
-    strides = tuple(stride // size for stride in array.strides)
-    return (array.ctypes.data, _CODES[dtype_name(array)], array.shape, strides), array
+        strides = array.strides
+    return (array.ctypes.data, code, array.shape, strides), array
 
 
 def reference_fingerprint(array: Array, sketch_size: int = SKETCH_SIZE) -> Fingerprint:

@@ -15,6 +15,7 @@ from driftprobe.trace import EngineFacts
 
 PAYLOADS = ("none", "failing", "all")
 LADDERS = ("auto", "on", "off")
+SCORES = ("on", "off")
 LADDER_BYTES = 4 << 30
 """Size in float64 up to which a model is run there by itself: it stands in memory beside the model as it is, and a
 machine that holds a model of half a billion parameters has room for four GiB more. A rung takes about as long as the
@@ -36,6 +37,8 @@ class RunOptions:
     """How strong the fault is planted; None is its own default."""
     ladder: str = "auto"
     """Whether all is run again in float64: `auto` where the model is small enough, `on`, `off`."""
+    scores: str = "on"
+    """Whether attention's scores are recorded, before and after the softmax: `on`, `off`."""
     date: str = ""
     output: str = ""
     """The artifacts folder as reports name it."""
@@ -98,6 +101,7 @@ def plan_for(engine: Engine, mode: Mode, prompt: Prompt, options: RunOptions) ->
         noise=engine.perturbs,
         knobs=engine.knobs,
         routed="expert_ids" in engine.taps,
+        scores=options.scores == "on",
     )
 
 
@@ -112,6 +116,9 @@ def _check_options(engine: Engine, options: RunOptions) -> None:
     if options.ladder not in LADDERS:
         raise UsageError("unknown ladder choice", where="--ladder", measured=options.ladder,
                          allowed=", ".join(LADDERS), next_step="choose one of them")  # fmt: skip
+    if options.scores not in SCORES:
+        raise UsageError("unknown choice of scores", where="--scores", measured=options.scores,
+                         allowed=", ".join(SCORES), next_step="choose one of them")  # fmt: skip
     rung_of(engine, options.ladder)
     if options.steps < 1:
         raise UsageError("too few steps", where="--steps", measured=str(options.steps), allowed="1 or more",

@@ -108,6 +108,9 @@ class Plan:
     """Layers to record; None is all."""
     rung: str = ""
     """The rung of the precision ladder at which it runs; empty for the model as it is."""
+    scores: bool = True
+    """Whether scores before and after the softmax are recorded: where a kernel hides them they cost a second product
+    of query and keys."""
 
     @property
     def reads(self) -> tuple[Read, ...]:
@@ -127,6 +130,7 @@ def make_plan(
     noise: bool = True,
     knobs: Sequence[str] = (),
     routed: bool = False,
+    scores: bool = True,
 ) -> Plan:
     """Return the plan of one prompt in one mode.
 
@@ -135,6 +139,7 @@ def make_plan(
     `noise` adds arms N for an engine that can perturb itself, `knobs` the controls for what it lets us turn.
 
     `routed` adds arm T for a model that chooses experts: decode with prefill's choice; arms N then have it too.
+    `scores` is the plan's own.
 
     Raises UsageError where the mode needs an arm that the engine lacks, the prompt is empty, or it and its `steps`
     tokens do not fit in `max_positions`.
@@ -154,7 +159,7 @@ def make_plan(
         made += [_routed_decode("T", n, step) for step in range(steps)]
     if mode is Mode.KV_ALIGNED:
         made.append(_decode("A", n, steps, aligned=True))
-    return Plan(mode, prompt, steps, seed, tuple(made), layers)
+    return Plan(mode, prompt, steps, seed, tuple(made), layers, scores=scores)
 
 
 def _check_arms(mode: Mode, arms: Sequence[str]) -> None:

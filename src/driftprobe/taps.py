@@ -153,6 +153,8 @@ BY_NAME: dict[str, Tap] = {tap.name: tap for tap in TAPS}
 _RANK: dict[str, int] = {tap.name: rank for rank, tap in enumerate(TAPS)}
 CACHE_TAPS: frozenset[str] = frozenset({"k_cache", "v_cache"})
 """Taps that hold one row a position, hashed row by row."""
+SCORE_TAPS: frozenset[str] = frozenset({"attn_scores", "attn_probs"})
+"""Taps that a fused kernel hides: they are computed once more, where a plan asks for them."""
 STATE_TAPS: frozenset[str] = frozenset({"conv_state", "ssm_state"})
 """Taps that hold what a call leaves behind for the next: there are none for a position before the call's last, so the
 longer prefills E have none."""

@@ -7,16 +7,16 @@ flushed, so a killed process leaves a valid, incomplete trace.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from driftprobe.errors import OutputError, TraceError
 from driftprobe.fingerprint import SKETCH_SIZE
-from driftprobe.trace_checks import CONSTANT_ARM, header_faults, json_object, record_faults
+from driftprobe.trace_checks import CONSTANT_ARM, Fault, header_faults, json_object, record_faults
 
 SCHEMA = "driftprobe/trace/1"
 CONSTANTS = CONSTANT_ARM
@@ -173,6 +173,9 @@ class Footer:
     sha256: str
 
 
+Item = Header | Record | Event | Footer
+
+
 @dataclass(frozen=True, slots=True)
 class Trace:
     """One trace file, read."""
@@ -186,6 +189,28 @@ class Trace:
     """Empty, or why the trace is incomplete."""
     foreign: bool = False
     """True for a trace without a header: only what its records carry is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line ready to be written."""
+
+    item: Item
+    raw: bytes
+    faults: list[Fault]
+    """What is wrong with it by itself; what disagrees with other lines, its writer finds."""
+
+
+def line_of(record: Record, sketch_size: int) -> Line:
+    """Return a record's line, so that another thread than the writer's can make it."""
+    return Line(record, encode_line("record", record), record_faults(record, sketch_size))
+
+
+def faults_of(item: Item, sketch_size: int | None) -> list[Fault]:
+    """Return what is wrong with the content of a line by itself."""
+    if isinstance(item, Header):
+        return header_faults(item)
+    return record_faults(item, sketch_size) if isinstance(item, Record) else []
 
 
 class TraceWriter:
@@ -222,14 +247,26 @@ class TraceWriter:
         """Append an event and flush it."""
         self._write(self._checked("event", event))
 
-    def _checked(self, kind: str, item: Header | Record | Event | Footer) -> bytes:
-        line = encode_line(kind, item)
+    def group(self, items: Iterable[Line | Event]) -> None:
+        """Append records and events and flush them together; those before one that is refused are written."""
+        whole: list[bytes] = []
+        try:
+            for item in items:
+                whole.append(self._checked("event", item) if isinstance(item, Event) else self._taken(item))
+        finally:
+            self._write(b"".join(whole))
+
+    def _checked(self, kind: str, item: Item) -> bytes:
+        size = None if self._checks.header is None else self._checks.header.sketch_size
+        return self._taken(Line(item, encode_line(kind, item), faults_of(item, size)))
+
+    def _taken(self, line: Line) -> bytes:
         self._lines += 1
-        if len(line) > MAX_LINE:
+        if len(line.raw) > MAX_LINE:
             raise too_long(self.path.name, self._lines).as_error()
-        for problem in self._checks.item(self._lines, line, item):
+        for problem in self._checks.item(self._lines, line.raw, line.item, line.faults):
             raise problem.as_error()
-        return line
+        return line.raw
 
     def _write(self, line: bytes) -> None:
         with _Writing(self.path):
@@ -256,14 +293,19 @@ class _Writing:
             ) from error  # fmt: skip
 
 
-def encode_line(kind: str, item: Header | Record | Event | Footer) -> bytes:
+def encode_line(kind: str, item: Item) -> bytes:
     """Return one JSON line; fields that are None are left out, except a layer of None."""
-    body: dict[str, Any] = {"type": kind}
-    for spec in fields(item):
-        value = getattr(item, spec.name)
-        if value is not None or spec.name == "layer":
-            body[spec.name] = value
-    return msgspec.json.encode(body) + b"\n"
+    names, values = _FIELDS[type(item)]
+    body = {n: v for n, v in zip(names, values(item), strict=True) if v is not None or n == "layer"}
+    return msgspec.json.encode({"type": kind, **body}) + b"\n"
+
+
+_FIELDS = {
+    kind: (names, attrgetter(*names))
+    for kind in (Header, Record, Event, Footer)
+    for names in [tuple(spec.name for spec in fields(kind))]
+}
+"""Kind of line -> the names of its fields, and what reads them all at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +333,6 @@ class Problem:
         )  # fmt: skip
 
 
-Item = Header | Record | Event | Footer
 _KINDS: dict[str, type[Item]] = {"header": Header, "record": Record, "event": Event, "footer": Footer}
 
 
@@ -328,7 +369,8 @@ def scan(path: Path) -> Scan:
             found.problems.append(item)
             checks.unread = True
             continue
-        found.problems += checks.item(number, raw, item)
+        size = checks.header.sketch_size if checks.header else None
+        found.problems += checks.item(number, raw, item, faults_of(item, size))
         found.items.append((number, item))
     if not found.damage and checks.header is not None and not checks.footer_seen:
         found.damage = f"no footer after line {found.items[-1][0]}: the writer did not finish"
@@ -400,8 +442,8 @@ class _Checks:
             return self.problem(number, f"{kind} does not fit the schema", str(error),
                                 "the fields and types of docs/trace-format.md", "correct the field named")  # fmt: skip
 
-    def item(self, number: int, raw: bytes, item: Item) -> list[Problem]:
-        """Check an understood line against the lines before it, and take it in."""
+    def item(self, number: int, raw: bytes, item: Item, faults: list[Fault]) -> list[Problem]:
+        """Check an understood line, whose own faults are known, against the lines before it, and take it in."""
         if self.footer_seen:
             return [self.problem(number, "line after the footer", "one more line", "the footer is the last line",
                                  "write the footer when all records are out")]  # fmt: skip
@@ -410,12 +452,12 @@ class _Checks:
             if number != 1:
                 found.append(self.problem(number, "header out of place", f"line {number}", "line 1", "write it first"))
             self.header = self.header or item
-            found += [self.problem(number, *parts) for parts in header_faults(item)]
         elif isinstance(item, Footer):
             found += self._footer(number, item)
         else:
             self._counts[type(item)] += 1
             found += self._record(number, item) if isinstance(item, Record) else []
+        found += [self.problem(number, *parts) for parts in faults]
         self._digest.update(raw)
         return found
 
@@ -444,8 +486,7 @@ class _Checks:
         if self.header and record.prompt != self.header.prompt:
             found.append(self.problem(number, "record of another prompt", repr(record.prompt), repr(self.header.prompt),
                                       "write one file for each prompt"))  # fmt: skip
-        size = self.header.sketch_size if self.header else None
-        return found + [self.problem(number, *parts) for parts in record_faults(record, size)]
+        return found
 
 
 def read_header(path: Path) -> Header | None:

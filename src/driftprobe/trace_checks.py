@@ -136,8 +136,8 @@ _DECODE = re.compile("decode([0-9]{1,9})")
 
 def _place_faults(record: Record) -> list[Fault]:
     found = []
-    empty = [name for name in ("arm", "phase", "tensor", "hash") if not getattr(record, name)]
-    if empty:
+    if not (record.arm and record.phase and record.tensor and record.hash):
+        empty = [name for name in ("arm", "phase", "tensor", "hash") if not getattr(record, name)]
         found.append(("empty name", ", ".join(empty), "one character or more", "name it"))
     tap = BY_NAME.get(record.tensor)
     inside = record.layer is not None

@@ -57,6 +57,7 @@ Reports go to OUT/DATE/NAME. Exit codes: 0 NO_DRIFT or STRUCTURAL_DRIFT, 1 MISMA
 @click.option("--fault", default=None, help="Plant a fault (see `driftprobe faults`).")
 @click.option("--fault-strength", "strength", type=float, default=None, help="How strong. Default: the fault's own.")
 @click.option("--ladder", default="auto", show_default=True, help="Run all again in float64: auto, on or off.")
+@click.option("--scores", default="on", show_default=True, help="Record attention's scores (costs time): on or off.")
 @click.option("--date", default=None, help="Folder of the run under OUT. Default: today.")
 @click.option("--name", default="b3_66_v2", show_default=True, help="Name of the run.")
 @click.option(
@@ -89,6 +90,7 @@ def command(
     fault: str | None,
     strength: float | None,
     ladder: str,
+    scores: str,
     date: str | None,
     name: str,
     out: Path,
@@ -110,7 +112,7 @@ def command(
                      "threads": threads}  # fmt: skip
     options = RunOptions(
         modes=parse_mode(mode), steps=steps, seed=seed, layers=_layers(layers), payload=payload, fault=fault,
-        strength=strength, ladder=ladder, date=day, output=root.as_posix(),
+        strength=strength, ladder=ladder, scores=scores, date=day, output=root.as_posix(),
     )  # fmt: skip
     if fault is not None:
         find_fault(fault)
@@ -158,7 +160,7 @@ def _shown(result: Result, loaded: Engine, fault: str | None, root: Path, how: O
 
 _NOT_OF_SELF_TEST = {
     "mode", "prompts", "texts", "prompt_file", "boundaries", "longest", "layers", "steps", "seed", "payload", "fault",
-    "strength", *OPTIONS,
+    "strength", "scores", *OPTIONS,
 }  # fmt: skip
 
 

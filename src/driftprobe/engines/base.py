@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from driftprobe.background import Begun
 from driftprobe.faults import Expected
 from driftprobe.fingerprint import Array
 from driftprobe.plan import Arm, Plan, Read
@@ -49,6 +50,11 @@ class Constant:
     """`<tap>.<what>` (`q_proj.bias`, `attn_norm.eps`), or `rope.inv_freq` and its like; docs/trace-format.md."""
     array: Array
     """In the dtype in which the model keeps it; float64 for a plain number."""
+
+
+Ahead = Callable[[Sequence[Tapped]], Sequence[Begun[Any, Any]]]
+"""Takes tensors while a call still runs; an engine hands out what it returns in the place of each."""
+Handed = Tapped | Recorded | Event | Begun[Any, Any]
 
 
 class Engine(Protocol):
@@ -93,15 +99,15 @@ class Engine(Protocol):
         """Return the engine's own next `steps` tokens, each the arg-max of the logits."""
         ...
 
-    def begin(self, plan: Plan) -> None:
-        """Take note of the plan whose arms are run next."""
+    def begin(self, plan: Plan, ahead: Ahead | None = None) -> None:
+        """Take note of the plan whose arms are run next; an engine that can give tensors `ahead` of their turn may."""
         ...
 
     def said(self) -> list[str]:
         """Return lines for the run's log, those since it was last asked: what a program of the engine's printed."""
         ...
 
-    def run(self, arm: Arm, token_ids: Sequence[int], layers: frozenset[int]) -> Iterator[Tapped | Recorded | Event]:
+    def run(self, arm: Arm, token_ids: Sequence[int], layers: frozenset[int]) -> Iterator[Handed]:
         """Run one arm on a fresh cache and hand out what its reads ask for, in order of execution."""
         ...
 

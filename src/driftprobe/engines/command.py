@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from driftprobe.engines.base import BUILTIN, Constant, Recorded
+from driftprobe.engines.base import BUILTIN, Ahead, Constant, Recorded
 from driftprobe.errors import DriftprobeError, EngineError, ModelError, UsageError
 from driftprobe.faults import Expected
 from driftprobe.fingerprint import CAST_ROUNDOFF, SKETCH_SIZE, UNIT_ROUNDOFF
@@ -210,7 +210,7 @@ class CommandEngine:
             chosen.append(logits.top.ids[0])
         return chosen[len(token_ids) :]
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: Plan, ahead: Ahead | None = None) -> None:
         """Take a plan's prompt, mode and seed for the calls that follow; what earlier calls left is removed."""
         self._plan = plan
         self._made.clear()

@@ -76,6 +76,7 @@ class Anatomy:
 
 def dissect(model: Any) -> Anatomy:
     """Return the anatomy of a causal language model. Raises ModelError where no decoder layers are found."""
+    refuse_compiled(model)
     config = text_config(model)
     count = int(getattr(config, "num_hidden_layers", 0) or 0)
     parent, stack = _decoder_stack(model, count)
@@ -89,6 +90,28 @@ def dissect(model: Any) -> Anatomy:
         rotary=bool(getattr(config, "rotary_dim", None))
         or any("rotary" in name.rsplit(".", 1)[-1] for name, _ in model.named_modules()),
     )
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise ModelError for a model that torch.compile has taken in: its modules' hooks no longer fire.
+
+    So too for CUDA graphs that it makes: a replayed graph runs no Python.
+    """
+    wrapped = ["the model object"] if hasattr(model, "_orig_mod") else []
+    inner = [name or "the model" for name, module in model.named_modules() if _is_compiled(module)]
+    if wrapped or inner:
+        raise ModelError(
+            "a compiled model cannot be listened to", where=type(model).__name__,
+            measured=f"torch.compile on {', '.join([*wrapped, *inner][:3])}",
+            allowed="the model as plain PyTorch modules",
+            next_step="probe it before it is compiled (model._orig_mod, or load it anew); to judge the compiled one, "
+            "compare traces of your own: docs/engines.md",
+        )  # fmt: skip
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(forward, "_torchdynamo_orig_callable")
 
 
 def text_config(model: Any) -> Any:

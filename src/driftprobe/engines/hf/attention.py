@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,6 +54,10 @@ class Listener(Protocol):
 
     def hears(self, layer: int) -> bool:
         """Whether this layer is listened to now."""
+        ...
+
+    def watching(self) -> AbstractContextManager[object]:
+        """Return what keeps the operands of an attention function's own softmax, where they are wanted."""
         ...
 
     def attention(self, layer: int, call: AttentionCall, window: int | None) -> None:
@@ -153,7 +157,9 @@ def _recompute(
     wide = torch.promote_types(query_BHTD.dtype, torch.float32)
     query_HD = query_BHTD[0, :, row].to(wide)
     repeat = query_HD.shape[0] // key_BGSD.shape[1]
-    key_HSD = key_BGSD[0, :, low:high].to(wide).repeat_interleave(repeat, dim=0)
+    key_HSD = key_BGSD[0, :, low:high].to(wide)
+    if repeat > 1:
+        key_HSD = key_HSD.repeat_interleave(repeat, dim=0)
     scores_HS = torch.einsum("hd,hsd->hs", query_HD, key_HSD) * call.scale
     if call.softcap:
         scores_HS = torch.tanh(scores_HS / call.softcap) * call.softcap
@@ -258,10 +264,12 @@ def _listening(function: Callable[..., Any], listener: Listener, indices: dict[i
         if layer is None or not listener.hears(layer):
             return function(module, query, key, value, attention_mask, *args, **kw)
         listener.ops.clear()
-        output = function(module, query, key, value, attention_mask, *args, **kw)
+        with listener.watching():
+            output = function(module, query, key, value, attention_mask, *args, **kw)
         result = output[0] if isinstance(output, tuple) else output
         weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-        scale, window = kw.get("scaling"), kw.get("sliding_window", sliding_window(module, layer))
+        scale = kw.get("scaling")
+        window = kw["sliding_window"] if "sliding_window" in kw else sliding_window(module, layer)
         call = AttentionCall(
             query, key, value, attention_mask, float(scale) if scale is not None else query.shape[-1] ** -0.5,
             softcap=kw.get("softcap"), sinks_H=kw.get("s_aux"),

@@ -9,12 +9,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
-from driftprobe.engines.hf.spy import Heard, Rows, Spy
+from driftprobe.engines.hf.heard import Heard, Rows
+from driftprobe.engines.hf.spy import Spy
 from driftprobe.engines.hf.states import stored_states
 from driftprobe.errors import ModelError
 
@@ -114,6 +115,20 @@ def _four_axes(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return (keys.transpose(1, 2) if turned else keys).unsqueeze(0), values.unsqueeze(0)
 
 
+def appends(cache: Any, layer: int) -> bool:
+    """Whether a layer of a cache appends by copying, so that what it handed out before is never written to."""
+    held = cache.layers[layer] if hasattr(cache, "layers") else None
+    return getattr(type(held), "update", None) in _appending()
+
+
+@lru_cache(maxsize=1)
+def _appending() -> tuple[object, ...]:
+    from transformers import cache_utils
+
+    kinds = (getattr(cache_utils, name, None) for name in ("DynamicLayer", "DynamicSlidingWindowLayer"))
+    return tuple(kind.update for kind in kinds if kind is not None)
+
+
 def layer_count(cache: Any) -> int:
     """Return how many layers hold rows."""
     if isinstance(cache, TupleCache):
@@ -149,4 +164,5 @@ def _handed_back(heard: Heard, _model: object, _args: object, output: Any) -> No
     cache = TupleCache(output.past_key_values)
     for layer in range(layer_count(cache)):
         keys, values = stored_rows(cache, layer)
-        heard.cache[layer] = Rows(keys[0].detach().clone(), values[0].detach().clone())
+        heard.cache[layer] = Rows.of(keys, values, shared=False)
+        heard.cut.discard(layer)

@@ -16,9 +16,9 @@ from driftprobe.engines.base import Constant
 from driftprobe.engines.hf.activations import activation_of
 from driftprobe.engines.hf.anatomy import Anatomy, Layer, text_config
 from driftprobe.engines.hf.attention import sliding_window
+from driftprobe.engines.hf.heard import Learned
 from driftprobe.engines.hf.host import to_array
 from driftprobe.engines.hf.norms import recognise
-from driftprobe.engines.hf.spy import Learned
 from driftprobe.engines.hf.weights import (
     biases,
     branch_norms,

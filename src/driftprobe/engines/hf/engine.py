@@ -5,22 +5,34 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 
-from driftprobe.engines.base import Constant, Tapped
+from driftprobe.engines.base import Ahead, Constant, Handed
 from driftprobe.engines.hf.anatomy import dissect, text_config
 from driftprobe.engines.hf.attention import sliding_window
-from driftprobe.engines.hf.cache import TupleCache, filled, layer_count, new_cache, row_layers, rows_heard, stored_rows
+from driftprobe.engines.hf.cache import (
+    TupleCache,
+    appends,
+    filled,
+    layer_count,
+    new_cache,
+    row_layers,
+    rows_heard,
+    stored_rows,
+)
 from driftprobe.engines.hf.constants import constants_of
 from driftprobe.engines.hf.fused import same_bits
-from driftprobe.engines.hf.host import to_array
+from driftprobe.engines.hf.handing import HandOut
+from driftprobe.engines.hf.heard import Heard, Learned, Rows
+from driftprobe.engines.hf.host import transfer_for
 from driftprobe.engines.hf.lifting import RUNG, Narrowings, lifted
 from driftprobe.engines.hf.noise import rounding_noise, with_cast_noise
 from driftprobe.engines.hf.planting import Site, cannot_act, plant
 from driftprobe.engines.hf.routing import Kept, Routing
-from driftprobe.engines.hf.spy import Heard, Learned, Rows, Spy
+from driftprobe.engines.hf.spy import Spy
 from driftprobe.engines.hf.states import States, stored_states
 from driftprobe.engines.hf.switches import max_positions, switches_of
 from driftprobe.engines.hf.trial import learn, taps_of, trial_length
@@ -28,7 +40,6 @@ from driftprobe.engines.hf.weights import weights_of
 from driftprobe.errors import EngineError, ModelError, UsageError
 from driftprobe.faults import Expected, find_fault
 from driftprobe.plan import ARMS, Arm, Pass, Phase, Plan, Read
-from driftprobe.taps import BY_NAME, execution_order
 from driftprobe.trace import EngineFacts, Event
 
 _SAMPLE = 6
@@ -65,6 +76,8 @@ class HFEngine:
         self._past = "cache_params" if "cache_params" in parameters else "past_key_values"
         self._returns_dict = "return_dict" in parameters
         self._learned = Learned()
+        self._scores, self._planted = True, False
+        self._ahead: Ahead | None = None
         self._makes_tuples = self._hands_back_tuples()
         self._sample_length = _SAMPLE  # longer while a planted fault needs more tokens to act on
         self._inner_cast = self._casts_inside()
@@ -121,16 +134,18 @@ class HFEngine:
                     output = self._forward(chosen[-1:], len(chosen) - 1, cache)
         return chosen[len(token_ids) :]
 
-    def begin(self, plan: Plan) -> None:
-        """See Engine.begin: every arm says all that is needed."""
+    def begin(self, plan: Plan, ahead: Ahead | None = None) -> None:
+        """See Engine.begin: whether scores are wanted, and who takes tensors ahead; every arm says the rest."""
+        self._scores, self._ahead = plan.scores, ahead
 
     def said(self) -> list[str]:
         """See Engine.said: transformers prints nothing that a log needs."""
         return []
 
-    def run(self, arm: Arm, token_ids: Sequence[int], layers: frozenset[int]) -> Iterator[Tapped | Event]:
+    def run(self, arm: Arm, token_ids: Sequence[int], layers: frozenset[int]) -> Iterator[Handed]:
         """Run one arm on a fresh cache; see Engine.run."""
-        spy = Spy(self.anatomy, self._learned, layers)
+        spy = Spy(self.anatomy, self._learned, layers, scores=self._scores)
+        aligned = any(call.aligned_to is not None for call in arm.passes)
         routing = Routing(self.anatomy.layers)
         with self._evaluating(), self._noise(arm), _threads(arm), spy.installed(), routing.installed():
             cache = self._cache()
@@ -143,17 +158,17 @@ class HFEngine:
                     routing.forces = (self._routed[call.routed_to], call.start, call.stop)
                 if call.aligned_to is not None:
                     yield self._align(arm, call, cache)
-                aligns = call.start == 0 and any(other.aligned_to is not None for other in arm.passes)
-                listens = bool(call.reads) or arm.keeps_rows_for is not None or aligns
-                heard = self._listen(spy, call, token_ids, cache) if listens else None
-                if heard is None:
+                aligns = call.start == 0 and aligned
+                if not (call.reads or arm.keeps_rows_for is not None or aligns):
                     self._forward(token_ids[call.start : call.stop], call.start, cache)
                     continue
+                out = self._listen(spy, call, token_ids, cache, shared=not aligned)
+                heard = out.heard
                 if arm.keeps_rows_for is not None:
                     self._kept[arm.keeps_rows_for] = heard.cache
                 if arm.keeps_rows_for is not None or aligns:
                     self._states[call.stop] = heard.states
-                yield from _hand_out(heard, call.reads, self.anatomy.layers)
+                yield from out.items()
 
     def constants(self, layers: frozenset[int]) -> Iterator[Constant]:
         """Return the model's small constants; see Engine.constants."""
@@ -212,10 +227,11 @@ class HFEngine:
             if all(map(same_bits, clean, changed)):
                 raise cannot_act(fault, "not one bit of cache or logits changes in a short run of this model",
                                  "a model that computes what the fault breaks")  # fmt: skip
+            self._planted = True  # it may write into a cache whose rows were handed out
             try:
                 yield expected
             finally:
-                self._sample_length = _SAMPLE
+                self._planted, self._sample_length = False, _SAMPLE
 
     def _sample(self, length: int = _SAMPLE) -> list[torch.Tensor]:
         """Return the logits of one decode step after a short prefill, and the cache rows and states that it leaves."""
@@ -227,14 +243,19 @@ class HFEngine:
         rows = [rows for layer in row_layers(cache) for rows in stored_rows(cache, layer)]
         return [logits, *rows, *(s for layer in range(layer_count(cache)) for s in stored_states(cache, layer).all)]
 
-    def _listen(self, spy: Spy, call: Pass, token_ids: Sequence[int], cache: Any) -> Heard:
+    def _listen(self, spy: Spy, call: Pass, token_ids: Sequence[int], cache: Any, *, shared: bool = False) -> HandOut:
+        """Run one call and listen; `shared` says that nobody will write into the cache while its rows are read."""
         wanted = tuple(read.position - call.start for read in call.reads)
         heard = Heard(wanted, call.start, call.stop - call.start, past=cache)
+        if shared and not self._planted:
+            heard.shares = partial(appends, cache)
+        out = HandOut(heard, call.reads, self._ahead, transfer_for(self.model.device))
+        heard.layer_done = out.layer if out.ahead is not None else None
         with spy.listening(heard), rows_heard(self.model, cache, spy, heard):
             output = self._forward(token_ids[call.start : call.stop], call.start, cache)
             spy.take(None, "logits", output.logits)
         spy.finish(heard)
-        return heard
+        return out
 
     def _forward(self, token_ids: Sequence[int], start: int, cache: Any) -> Any:
         device = self.model.device
@@ -295,11 +316,11 @@ class HFEngine:
         with self._evaluating():
             spy = Spy(self.anatomy, self._learned, trial=True)
             with spy.installed():
-                learn(self._listen(spy, prefill, tokens, self._cache()), self.anatomy, self._learned)
+                learn(self._listen(spy, prefill, tokens, self._cache()).heard, self.anatomy, self._learned)
             spy = Spy(self.anatomy, self._learned, trial=True)
             with spy.installed():
                 cache = self._cache()
-                return taps_of([self._listen(spy, call, tokens, cache) for call in (prefill, decode)])
+                return taps_of([self._listen(spy, call, tokens, cache).heard for call in (prefill, decode)])
 
     def _some_tokens(self, count: int) -> list[int]:
         return [1 + i if 1 + i < self._vocabulary else 0 for i in range(count)]
@@ -348,30 +369,15 @@ class HFEngine:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        before = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
+        before = [module for module in self.model.modules() if module.training]
+        if before:
+            self.model.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            for module, training in before:  # one by one: parts of it may have been frozen
-                module.training = training
-
-
-def _hand_out(heard: Heard, reads: Sequence[Read], layers: Sequence[Any]) -> Iterator[Tapped]:
-    for which, read in enumerate(reads):
-        for place in sorted(heard.taps, key=lambda p: execution_order(*p)):
-            layer, tensor = place
-            if tensor in BY_NAME:
-                yield Tapped(
-                    read=read,
-                    layer=layer,
-                    tensor=tensor,
-                    array=to_array(heard.taps[place][which]),
-                    pos_id=read.position,
-                    row_start=heard.row_start.get(place, [0] * len(reads))[which],
-                    source="recomputed" if place in heard.recomputed else "captured",
-                )
+            for module in before:  # one by one: parts of it may have been frozen
+                module.training = True
 
 
 def _differing(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

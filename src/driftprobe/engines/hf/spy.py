@@ -2,14 +2,13 @@
 
 The model's code is not touched. What a module's name promises is checked in a trial first (`trial.py`).
 
-Axes: B batch (1), T tokens of this call, H query heads, G key/value heads, S visible rows, D head dimension.
+Axes: B batch (1), T tokens of this call, G key/value heads, S visible rows, D head dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,99 +18,40 @@ from driftprobe.engines.hf.attention import (
     AttentionCall,
     AttentionOps,
     attention_calls,
-    attention_chunk,
     columns,
     scores_of,
     shifted,
     sliding_window,
 )
+from driftprobe.engines.hf.cutting import cut
 from driftprobe.engines.hf.fused import split
-from driftprobe.engines.hf.states import States, stored_states
+from driftprobe.engines.hf.heard import Heard, Learned, Place, Rows
+from driftprobe.engines.hf.states import stored_states
 
 Tensor = torch.Tensor
-Place = tuple[int | None, str]
-
-
-@dataclass(slots=True)
-class Rows:
-    """Cache rows as attention saw them in one layer: `[G, S, D]` each, in order of position."""
-
-    keys_GSD: Tensor
-    values_GSD: Tensor
-
-
-@dataclass(slots=True)
-class Learned:
-    """What a trial run found out about this model's tensors."""
-
-    head_first: set[Place] = field(default_factory=set)
-    """Taps that come as `[B, H, T, D]`."""
-    layouts: dict[int, str] = field(default_factory=dict)
-    """Layer -> how its fused projection is laid out (`fused.py`)."""
-    expanded: set[int] = field(default_factory=set)
-    """Layers whose cache holds something from which keys and values are made anew (a latent)."""
-    mid_from_mlp: set[int] = field(default_factory=set)
-    """Layers without a norm before the MLP: the MLP's input is the residual stream."""
-    router_outputs: dict[int, dict[str, int]] = field(default_factory=dict)
-    """Layer -> tap -> which of the router's outputs it is."""
-    scales: dict[int, float] = field(default_factory=dict)
-    """Layer -> the factor that its attention scales scores by, where it was called with one."""
-    softcaps: dict[int, float] = field(default_factory=dict)
-    """Layer -> the cap of its scores, where its attention was called with one."""
-
-
-@dataclass(slots=True)
-class Heard:
-    """What one forward call let us hear. Tensors are copies of the asked rows only."""
-
-    wanted: tuple[int, ...]
-    """Rows of this call that are read, 0-based within the call."""
-    first_position: int
-    tokens: int
-    taps: dict[Place, list[Tensor]] = field(default_factory=dict)
-    """Tap -> one tensor `[1, …]` for each wanted row; names that begin with _ are for the trial."""
-    row_start: dict[Place, list[int]] = field(default_factory=dict)
-    recomputed: set[Place] = field(default_factory=set)
-    unnamed: set[Place] = field(default_factory=set)
-    """Taps found as an operand of an op."""
-    cache: dict[int, Rows] = field(default_factory=dict)
-    """Layer -> the rows that the cache handed to attention."""
-    given: dict[int, Rows] = field(default_factory=dict)
-    """Layer -> keys and values that attention was given, where they are not the cache's rows or not known to be."""
-    windows: dict[int, int | None] = field(default_factory=dict)
-    """Layer -> the window that attention was called with."""
-    spans: dict[int, tuple[int, list[tuple[int, int, int]]]] = field(default_factory=dict)
-    """Layer -> how many columns attention was over, and what each wanted row gave weight to, as `visible` says it."""
-    projected: dict[int, Tensor] = field(default_factory=dict)
-    """Layer -> output of its fused projection."""
-    routed: dict[int, tuple[Any, Any]] = field(default_factory=dict)
-    """Layer -> input and output of its router."""
-    past: Any = None
-    """The cache that this call writes into."""
-    states: dict[int, States] = field(default_factory=dict)
-    """Layer -> the states that its mixer left behind."""
-
-    def visible(self, row: int, stored: int, window: int | None, chunk: int | None) -> tuple[int, int, int]:
-        """Return (low, high, start): columns [low, high) of `stored` that a row may see, and the first's position.
-
-        A sliding window ends at the row; a chunk begins at a multiple of its size.
-        """
-        position = self.first_position + row
-        offset = max(self.first_position + self.tokens - stored, 0)
-        start = max(offset, position + 1 - window if window else 0, position - position % chunk if chunk else 0)
-        return start - offset, position + 1 - offset, start
 
 
 class Spy:
     """Hooks for one model, put in once and listening only while a `Heard` is set."""
 
     def __init__(
-        self, anatomy: Anatomy, learned: Learned, layers: frozenset[int] | None = None, *, trial: bool = False
+        self,
+        anatomy: Anatomy,
+        learned: Learned,
+        layers: frozenset[int] | None = None,
+        *,
+        trial: bool = False,
+        scores: bool = True,
     ) -> None:
-        self.anatomy, self.learned, self.layers, self.trial = anatomy, learned, layers, trial
+        self.anatomy, self.learned, self.layers, self.trial, self.scores = anatomy, learned, layers, trial, scores
         self.heard: Heard | None = None
         self.ops = AttentionOps()
+        inside = {layer.index for layer in anatomy.layers if layer.attention is not None} - learned.called
+        self._watches_all = trial or bool(inside if layers is None else inside & layers)
+        """Whether every op of a call is watched: some layer computes attention inside its module."""
         self._inside: int | None = None
+        self._handed_out: dict[int, Rows] = {}
+        """Trial: what the cache handed out, not copied."""
 
     @contextmanager
     def installed(self) -> Iterator[Spy]:
@@ -130,15 +70,20 @@ class Spy:
         """Fill `heard` while the context lasts."""
         self.heard = heard
         try:
-            with self.ops if heard.wanted else nullcontext():
+            with self.ops if heard.wanted and self._watches_all else nullcontext():
                 yield
         finally:
             self.heard, self._inside = None, None
             self.ops.clear()
 
+    def watching(self) -> AbstractContextManager[object]:
+        """See Listener: nothing where scores are not wanted, or every op is watched anyway."""
+        return self.ops if self.scores and not self._watches_all else nullcontext()
+
     def _hooks(self) -> Iterator[tuple[Any, Callable[..., None], bool]]:
         yield self.anatomy.embed, self._output(None, "embed"), False
-        yield self.anatomy.final_norm, self._input(None, "_final_norm_in"), True
+        if self.trial:
+            yield self.anatomy.final_norm, self._input(None, "_final_norm_in"), True
         yield self.anatomy.final_norm, self._output(None, "final_norm"), False
         for layer in self.anatomy.layers:
             if self.layers is None or layer.index in self.layers:
@@ -149,31 +94,39 @@ class Spy:
         yield layer.module, self._enter(i), True
         yield layer.module, self._input(i, "x_in"), True
         yield layer.attn_norm, self._output(i, "attn_norm"), False
-        yield layer.attention, self._input(i, "_attention_in"), True
+        if self._watches_all:
+            yield layer.attention, self._input(i, "_attention_in"), True
         for tensor, module, count in (("q_proj", layer.q_proj, heads), ("k_proj", layer.k_proj, groups),
                                       ("v_proj", layer.v_proj, groups)):  # fmt: skip
             yield module, self._output(i, tensor, count), False
         yield layer.fused, self._fused(i), False
         for tensor, module, count in (("q_norm", layer.q_norm, heads), ("k_norm", layer.k_norm, groups)):
-            yield module, self._input(i, f"_{tensor}_in", count), True
+            if self.trial:
+                yield module, self._input(i, f"_{tensor}_in", count), True
             yield module, self._output(i, tensor, count), False
         yield layer.out_proj, self._input(i, "attn_ctx", heads), True
         yield layer.out_proj, self._output(i, "attn_out"), False
-        yield layer.attention, self._attention_done(i), False
-        yield layer.mixer, self._input(i, "_mixer_in"), True
+        if self._watches_all:
+            yield layer.attention, self._attention_done(i), False
         yield layer.mixer, self._mixer_done(i), False
         if i not in self.learned.mid_from_mlp:
             yield layer.ffn_norm, self._input(i, "x_mid"), True
         yield layer.ffn_norm, self._output(i, "ffn_norm"), False
-        yield layer.mlp_in, self._input(i, "_mlp_in"), True
         if i in self.learned.mid_from_mlp:
             yield layer.mlp_in, self._input(i, "x_mid"), True
         yield layer.router, self._router(i), False
         yield layer.mlp_out, self._output(i, "mlp_out"), False
         if self.trial:
-            for name, child in layer.module.named_children():
-                yield child, self._output(i, f"_child_{name}"), False
+            yield from self._trial_hooks(layer)
         yield layer.module, self._output(i, "x_out"), False
+        yield layer.module, self._layer_done(i), False
+
+    def _trial_hooks(self, layer: Layer) -> Iterator[tuple[Any, Callable[..., None], bool]]:
+        """Return the hooks for what is heard to be compared with a tap, and never handed out."""
+        yield layer.mixer, self._input(layer.index, "_mixer_in"), True
+        yield layer.mlp_in, self._input(layer.index, "_mlp_in"), True
+        for name, child in layer.module.named_children():
+            yield child, self._output(layer.index, f"_child_{name}"), False
 
     def hears(self, layer: int) -> bool:
         """Whether this layer's taps are wanted now."""
@@ -262,12 +215,18 @@ class Spy:
             return
         if layer is not None and layer != self._inside:
             return
+        plain = value.dim() == 3 and not self.trial and (layer, tensor) not in self.learned.head_first
+        if plain and value.shape[0] == 1 and value.shape[1] == heard.tokens:  # nearly all, and with fewer ops
+            shape = (1, count, -1) if count and value.shape[2] % count == 0 else (1, -1)
+            heard.taps[(layer, tensor)] = [value.narrow_copy(1, row, 1).view(shape) for row in heard.wanted]
+            return
         rows = self._token_rows((layer, tensor), value, heard.tokens)
         if rows is None:
             return
         if count and rows.dim() == 2 and rows.shape[1] % count == 0:
             rows = rows.view(rows.shape[0], count, -1) if rows.is_contiguous() else rows.reshape(len(rows), count, -1)
-        heard.taps[(layer, tensor)] = [rows[row : row + 1].detach().clone() for row in heard.wanted]
+        rows = rows.detach() if rows.requires_grad else rows
+        heard.taps[(layer, tensor)] = [rows.narrow_copy(0, row, 1) for row in heard.wanted]
 
     def _token_rows(self, place: Place, value: Tensor, tokens: int) -> Tensor | None:
         """Return a tensor as `[T, …]`, or None where it has no token axis."""
@@ -286,35 +245,30 @@ class Spy:
     ) -> None:
         """Take what the cache was given and what it handed back in one layer."""
         heard = self.heard
-        if heard is None:
+        if heard is None or not heard.wanted:
             return
-        heard.cache[layer] = Rows(keys_BGSD[0].detach().clone(), values_BGSD[0].detach().clone())
+        shared = not self.trial and layer not in self.learned.rewritten and heard.shares(layer)
+        heard.cache[layer] = Rows.of(keys_BGSD, values_BGSD, shared=shared)
+        heard.cut.discard(layer)
+        if self.trial:
+            self._handed_out[layer] = Rows.of(keys_BGSD, values_BGSD, shared=True)
         if self.hears(layer):
             self.take(layer, "_value", new_value_BGTD.transpose(1, 2))
             self.take(layer, "_key", new_key_BGTD.transpose(1, 2))
 
     def finish(self, heard: Heard) -> None:
-        """Cut the cache rows of every layer to what each wanted row can see, once the call is over."""
-        for layer, cached in heard.cache.items():
-            if not heard.wanted or (self.layers is not None and layer not in self.layers):
-                continue
-            declared = sliding_window(self.anatomy.layers[layer].attention, layer)
-            window = heard.windows.get(layer, declared)
-            rows = heard.given.get(layer, cached) if layer in self.learned.expanded else cached
-            stored = rows.keys_GSD.shape[1]
-            chunk = attention_chunk(self.anatomy.layers[layer].attention, layer)
-            spans = [heard.visible(row, stored, window, chunk) for row in heard.wanted]
-            if layer in self.learned.expanded or (layer, "_value") not in heard.taps:
-                newest = [high - 1 for _, high, _ in spans]  # the cache was not given keys and values, or not heard
-                for name, kept in (("_key", rows.keys_GSD), ("_value", rows.values_GSD)):
-                    heard.taps[(layer, name)] = [kept[:, at : at + 1].transpose(0, 1) for at in newest]
-            if self.anatomy.rotary:
-                heard.taps[(layer, "k_rope")] = heard.taps[(layer, "_key")]
-            columns_seen, seen = heard.spans.get(layer, (0, spans))
-            spans = seen if columns_seen == stored else spans
-            for tensor, kept in (("k_cache", rows.keys_GSD), ("v_cache", rows.values_GSD)):
-                heard.taps[(layer, tensor)] = [kept[:, low:high].transpose(0, 1) for low, high, _ in spans]
-                heard.row_start[(layer, tensor)] = [start for _, _, start in spans]
+        """Cut what is not cut yet to what each wanted row can see, once the call is over."""
+        self.learned.rewritten |= {layer for layer, rows in self._handed_out.items() if not rows.as_heard()}
+        cut(heard, sorted({*heard.cache, *heard.scored} - heard.cut), self.anatomy, self.learned)
+
+    def _layer_done(self, layer: int) -> Callable[..., None]:
+        def hook(_module: object, _args: object, _kwargs: object, _output: object) -> None:
+            heard = self.heard
+            if heard is not None and heard.layer_done is not None and self.hears(layer) and self._inside == layer:
+                cut(heard, [layer], self.anatomy, self.learned)
+                heard.layer_done(layer)
+
+        return hook
 
     def attention(self, layer: int, call: AttentionCall, window: int | None) -> None:
         """Take query, scores, probabilities and result of one computation of attention."""
@@ -322,6 +276,8 @@ class Spy:
         if heard is None or not self.hears(layer):
             return
         heard.windows[layer] = window
+        if self.trial and call.named:
+            self.learned.called.add(layer)
         if self.trial and call.key_BGSD is not None:
             self.learned.scales[layer] = call.scale
             if call.softcap:
@@ -329,38 +285,24 @@ class Spy:
         if self.anatomy.rotary and call.query_BHTD is not None:
             self.take(layer, "q_rope", call.query_BHTD.transpose(1, 2))
             heard.unnamed |= set() if call.named else {(layer, "q_rope")}
-        if call.output_BTHD is not None:
+        if self.trial and call.output_BTHD is not None:
             self.take(layer, "_attention_out", call.output_BTHD, self.anatomy.heads)
         expanded = self.trial or layer in self.learned.expanded
         if expanded and call.key_BGSD is not None and call.value_BGSD is not None:
             heard.given[layer] = Rows(call.key_BGSD[0].detach().clone(), call.value_BGSD[0].detach().clone())
-        found, spans = [], []
-        for row in heard.wanted:
-            chunk = attention_chunk(self.anatomy.layers[layer].attention, layer)
-            pair = scores_of(call, row, 0, columns(call))
-            if pair is None:
-                return
-            span = _with_weight(pair[1], heard.visible(row, columns(call), window, chunk))
-            spans.append(span)
-            found.append(tuple(t[:, span[0] : span[1]].unsqueeze(0).detach().clone() for t in pair))
-        scores, probs = zip(*found, strict=True)
-        heard.spans[layer] = (columns(call), spans)
-        heard.taps[(layer, "attn_scores")], heard.taps[(layer, "attn_probs")] = list(scores), list(probs)
-        for tensor in ("attn_scores", "attn_probs"):
-            heard.row_start[(layer, tensor)] = [start for _, _, start in spans]
+        if not self.scores:
+            return
+        found = [pair for row in heard.wanted if (pair := scores_of(call, row, 0, columns(call))) is not None]
+        if len(found) < len(heard.wanted):
+            return
+        if call.seen is not None:  # the kernel's own, which it may go on to change
+            found = [(scores, probs.clone()) for scores, probs in found]
+        heard.scored[layer] = found
+        heard.cut.discard(layer)
         if call.seen is None:
             heard.recomputed |= {(layer, "attn_scores"), (layer, "attn_probs")}
         elif shifted(call):
             heard.recomputed.add((layer, "attn_scores"))
-
-
-def _with_weight(probs_HS: Tensor, span: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Return a span of columns, widened to those beyond it that are given weight: a leak, or a row too many."""
-    low, high, start = span
-    weighty = (probs_HS > 0).any(dim=0).nonzero().flatten()
-    first = min(low, int(weighty[0])) if len(weighty) else low
-    last = max(high, int(weighty[-1]) + 1) if len(weighty) else high
-    return first, last, start - (low - first)
 
 
 def _joined(states: tuple[Tensor, ...]) -> Tensor:

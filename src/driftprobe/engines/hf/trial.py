@@ -13,7 +13,7 @@ import torch
 
 from driftprobe.engines.hf.anatomy import Anatomy
 from driftprobe.engines.hf.fused import find_layout, same_bits
-from driftprobe.engines.hf.spy import Heard, Learned, Place
+from driftprobe.engines.hf.heard import Heard, Learned, Place
 from driftprobe.taps import BY_NAME, execution_order
 
 Tensor = torch.Tensor

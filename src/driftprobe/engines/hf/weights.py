@@ -17,8 +17,8 @@ from torch import nn
 from driftprobe.engines.base import Constant
 from driftprobe.engines.hf.anatomy import Anatomy, Layer, text_config
 from driftprobe.engines.hf.fused import split
+from driftprobe.engines.hf.heard import Learned
 from driftprobe.engines.hf.host import to_array
-from driftprobe.engines.hf.spy import Learned
 
 Tensor = torch.Tensor
 _GATE, _UP = ("gate_proj", "w1"), ("up_proj", "w3", "c_fc", "fc1", "dense_h_to_4h", "up")

@@ -12,7 +12,7 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-from driftprobe.engines.base import BUILTIN, Constant, Tapped
+from driftprobe.engines.base import BUILTIN, Ahead, Constant, Tapped
 from driftprobe.engines.llamacpp.cache import Cache
 from driftprobe.engines.llamacpp.context import Context, Model, Settings
 from driftprobe.engines.llamacpp.file import File
@@ -145,7 +145,7 @@ class LlamaCppEngine:
                 logits = context.decode(chosen[-1:], len(chosen) - 1)
         return chosen[len(token_ids) :]
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: Plan, ahead: Ahead | None = None) -> None:
         """Make room for a plan's longest arm."""
         self._kept.clear()
         self._make_room(tokens_needed(plan))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from driftprobe.engines.base import Constant
+from driftprobe.engines.hf.anatomy import refuse_compiled
 from driftprobe.engines.hf.engine import HFEngine, _accumulates, _casts
 from driftprobe.engines.hf.host import to_array
 from driftprobe.engines.hf.lifting import RUNG, Narrowings, lifted
@@ -100,6 +101,7 @@ class PathEngine:
         self._locate, self._seed = locate, seed
         self._lift: Lift | None = None
         first = self._model()
+        refuse_compiled(first)
         self._hf = _driven(first)
         known = (None, {}) if self._hf is None else (self._hf.anatomy, self._hf.taps)
         self._naming = name_points(first, *known)

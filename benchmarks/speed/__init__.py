@@ -1,0 +1,1 @@
+"""How fast driftprobe is, beside its peers: `python -m benchmarks.speed`."""

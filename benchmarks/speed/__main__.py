@@ -1,0 +1,131 @@
+"""`make bench`: everything that docs/performance.md tells, measured here and written there. `--quick` is CI's.
+
+    python -m benchmarks.speed                 some ten minutes on an idle machine; writes docs/performance.md and .json
+    python -m benchmarks.speed --quick         under a minute; writes nothing, ends with 1 on a gross regression
+
+Every figure is a ratio of two things measured in turn in the same run: median, and first to last quartile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.fingerprint import best
+from benchmarks.speed import capture, peers, process, quick
+from benchmarks.speed.figures import Ratio
+from benchmarks.speed.report import render
+from benchmarks.speed.subject import llama
+from driftprobe.fingerprint import BUILT, DTYPES, fingerprint
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+DTYPES_TRACED = ("float32", "bfloat16")
+SIZES = (1 << 20, 1 << 26)
+ANALYSIS = ("--records", "1000000")
+"""What benchmarks/analysis_scale.py is asked for, where it is there."""
+
+
+def captures(repetitions: int) -> dict[str, Any]:
+    """Return dtype → phase → what is traced → ratio."""
+    import torch
+
+    torch.set_num_threads(1)
+    return {dtype: capture.measure(llama(dtype), repetitions) for dtype in DTYPES_TRACED}
+
+
+def fingerprints() -> list[dict[str, Any]]:
+    """Return a row for each dtype and size: GB/s of the fingerprint and of reading alone, one thread."""
+    found = []
+    for dtype, size in ((dtype, size) for dtype in DTYPES_TRACED for size in SIZES):
+        array = np.random.default_rng(0).normal(size=size).astype(np.float32).astype(DTYPES[dtype])
+        words = array.view(np.uint64)
+        ours, reading = best(lambda array=array: fingerprint(array), size), best(words.max, size)  # type: ignore[misc]
+        rates = {"fingerprint_gb_s": array.nbytes / ours / 1e9, "reading_gb_s": array.nbytes / reading / 1e9}
+        rounded = {name: round(rate, 2) for name, rate in rates.items()}
+        found.append({"dtype": dtype, "elements": size, **rounded, "share": round(reading / ours, 3)})
+    return found
+
+
+def analysis() -> dict[str, Any]:
+    """Return what benchmarks/analysis_scale.py measures, as it prints it; a process of its own, where it is there."""
+    if importlib.util.find_spec("benchmarks.analysis_scale") is None:
+        return {"reason": "benchmarks/analysis_scale.py is not in this checkout"}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "analysis.json"
+        command = [sys.executable, "-m", "benchmarks.analysis_scale", *ANALYSIS, "--json", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return {"reason": (done.stderr.strip().splitlines() or ["it failed"])[-1][:200]}
+        return {"table": done.stdout.strip(), "figures": json.loads(out.read_text(encoding="utf-8"))}
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures depend on beside this code."""
+    import torch
+    import transformers
+
+    cpu = next(
+        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), ""
+    )
+    return {
+        "cpu": cpu or platform.processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0],
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "core": BUILT, "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }  # fmt: skip
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Ratio):
+        return value.as_json()
+    return {name: _plain(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+
+def main() -> None:
+    """Measure, and write or judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="CI's: gross regressions alone; writes nothing")
+    parser.add_argument("--out", type=Path, default=DOCS, help="folder of performance.md and performance.json")
+    parser.add_argument("--repetitions", type=int, default=9)
+    given = parser.parse_args()
+    if given.quick:
+        sys.exit(quick.main())
+    parts: dict[str, Callable[[], Any]] = {
+        "machine": machine,
+        "capture": lambda: captures(given.repetitions),
+        "peers": lambda: {name: peers.measure(name, max(given.repetitions // 3, 1)) for name in peers.PEERS},
+        "fingerprint": fingerprints,
+        "run": lambda: process.runs(max(given.repetitions // 4, 1)),
+        "starts": lambda: process.starts(max(given.repetitions // 2, 1)),
+        "analysis": analysis,
+    }
+    found = {}
+    for name, part in parts.items():
+        started = time.perf_counter()
+        found[name] = part()
+        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "performance.json").write_text(json.dumps(_plain(found), indent=1) + "\n", encoding="utf-8")
+    (given.out / "performance.md").write_text(render(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

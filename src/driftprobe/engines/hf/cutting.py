@@ -1,0 +1,97 @@
+"""Cuts scores and cache rows to the columns that each wanted row may see, or gave weight to.
+
+Axes: H query heads, G key/value heads, S columns, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from driftprobe.engines.hf.anatomy import Anatomy
+from driftprobe.engines.hf.attention import attention_chunk, sliding_window
+from driftprobe.engines.hf.heard import Heard, Learned
+
+Tensor = torch.Tensor
+Span = tuple[int, int, int]
+"""Columns [low, high), and the position of the first."""
+
+
+def cut(heard: Heard, layers: Sequence[int], anatomy: Anatomy, learned: Learned) -> None:
+    """Make the taps of scores and cache rows of some layers from what was heard of them.
+
+    A device is waited for once, whatever the number of layers.
+    """
+    heard.cut.update(layers)
+    ends = _ends_of_weight(probs for layer in layers for _, probs in heard.scored.get(layer, ()))
+    for layer in layers:
+        reach = _reach(heard, layer, anatomy)
+        seen = _cut_scores(heard, layer, reach, ends)
+        if layer in heard.cache:
+            _cut_rows(heard, layer, anatomy, learned, reach, seen)
+
+
+_Reach = tuple[int | None, int | None]
+
+
+def _reach(heard: Heard, layer: int, anatomy: Anatomy) -> _Reach:
+    """Return a layer's window and chunk in tokens; None where it has none."""
+    attention = anatomy.layers[layer].attention
+    window = heard.windows[layer] if layer in heard.windows else sliding_window(attention, layer)
+    return window, attention_chunk(attention, layer)
+
+
+def _spans(heard: Heard, stored: int, reach: _Reach) -> list[Span]:
+    return [heard.visible(row, stored, *reach) for row in heard.wanted]
+
+
+def _cut_scores(heard: Heard, layer: int, reach: _Reach, ends: Iterator[tuple[int, int]]) -> tuple[int, list[Span]]:
+    """Return how many columns the scores are over, and the span of each wanted row; (0, []) without scores."""
+    pairs = heard.scored.get(layer)
+    if not pairs:
+        return 0, []
+    stored = pairs[0][0].shape[1]
+    spans = [_widened(span, next(ends)) for span in _spans(heard, stored, reach)]
+    for which, tensor in enumerate(("attn_scores", "attn_probs")):
+        cuts = zip(pairs, spans, strict=True)
+        heard.taps[(layer, tensor)] = [pair[which][:, low:high].unsqueeze(0) for pair, (low, high, _) in cuts]
+        heard.row_start[(layer, tensor)] = [start for _, _, start in spans]
+    return stored, spans
+
+
+def _cut_rows(
+    heard: Heard, layer: int, anatomy: Anatomy, learned: Learned, reach: _Reach, seen: tuple[int, list[Span]]
+) -> None:
+    cached = heard.cache[layer]
+    rows = heard.given.get(layer, cached) if layer in learned.expanded else cached
+    stored = rows.keys_GSD.shape[1]
+    spans = _spans(heard, stored, reach)
+    if layer in learned.expanded or (layer, "_value") not in heard.taps:
+        newest = [high - 1 for _, high, _ in spans]  # the cache was not given keys and values, or not heard
+        for name, kept in (("_key", rows.keys_GSD), ("_value", rows.values_GSD)):
+            heard.taps[(layer, name)] = [kept[:, at : at + 1].transpose(0, 1) for at in newest]
+    if anatomy.rotary:
+        heard.taps[(layer, "k_rope")] = heard.taps[(layer, "_key")]
+    spans = seen[1] if seen[0] == stored else spans
+    for tensor, kept in (("k_cache", rows.keys_GSD), ("v_cache", rows.values_GSD)):
+        heard.taps[(layer, tensor)] = [kept[:, low:high].transpose(0, 1) for low, high, _ in spans]
+        heard.row_start[(layer, tensor)] = [start for _, _, start in spans]
+
+
+def _ends_of_weight(probs: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
+    """Yield the first column that is given weight and the one behind the last, of each `[H, S]`; (S, 0) without any."""
+    found = []
+    for probs_HS in probs:
+        weighty = (probs_HS > 0).any(dim=0)
+        column = torch.arange(len(weighty), device=weighty.device)
+        found += [column.masked_fill(~weighty, len(weighty)).min(), (column + 1).masked_fill(~weighty, 0).max()]
+    ends = iter(torch.stack(found).tolist() if found else ())
+    yield from zip(ends, ends, strict=True)
+
+
+def _widened(span: Span, weighty: tuple[int, int]) -> Span:
+    """Return a span with the columns beyond it that are given weight: a leak, or a row too many."""
+    low, high, start = span
+    first = min(low, weighty[0])
+    return first, max(high, weighty[1]), start - (low - first)
