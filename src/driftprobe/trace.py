@@ -7,7 +7,7 @@ flushed, so a killed process leaves a valid, incomplete trace.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -199,7 +199,7 @@ class TraceWriter:
     def __init__(self, path: Path, header: Header) -> None:
         self.path = path
         self._lines = 0
-        self._checks = _Checks(path.name)
+        self._checks = Checks(path.name)
         first = self._checked("header", header)
         with _Writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -303,9 +303,14 @@ class Scan:
     problems: list[Problem] = field(default_factory=list)
     damage: str = ""
 
+    @property
+    def header(self) -> Header | None:
+        """The header; None where no line is one."""
+        return next((item for _, item in self.items if isinstance(item, Header)), None)
+
     def trace(self, name: str) -> Trace | None:
         """Return what was understood as a trace; None where no line is a header."""
-        header = next((item for _, item in self.items if isinstance(item, Header)), None)
+        header = self.header
         if header is None:
             return None
         records = tuple(item for _, item in self.items if isinstance(item, Record))
@@ -313,10 +318,17 @@ class Scan:
         return Trace(header, records, events, name, self.damage)
 
 
-def scan(path: Path) -> Scan:
-    """Read a file line by line and check every MUST that one file can show. Never raises for its content."""
-    found, checks = Scan(), _Checks(path.name)
-    for number, raw in lines(path):
+Lines = Iterable[tuple[int, "bytes | None"]]
+"""Lines with their numbers, as `lines` yields them."""
+
+
+def scan(path: Path, content: Lines | None = None) -> Scan:
+    """Read a file line by line and check every MUST that one file can show. Never raises for its content.
+
+    `content` are its lines, where they do not stand in it as they are (packed.py).
+    """
+    found, checks = Scan(), Checks(path.name)
+    for number, raw in lines(path) if content is None else content:
         if raw is None:
             found.problems.append(too_long(path.name, number))
             return found
@@ -368,7 +380,7 @@ def too_long(name: str, number: int) -> Problem:
                    "write one record a line")  # fmt: skip
 
 
-class _Checks:
+class Checks:
     """The MUSTs of one file, checked as its lines go by."""
 
     def __init__(self, name: str) -> None:
@@ -419,6 +431,11 @@ class _Checks:
         self._digest.update(raw)
         return found
 
+    def take_in(self, raw: memoryview, records: int) -> None:
+        """Count lines that hold only records, and were checked elsewhere (`columns.breaks_a_must`)."""
+        self._counts[Record] += records
+        self._digest.update(raw)
+
     def footer(self) -> Footer:
         """Return the footer that fits the lines taken in so far."""
         records, events = self._counts[Record], self._counts[Event]
@@ -453,5 +470,5 @@ def read_header(path: Path) -> Header | None:
     first = next(iter(lines(path)), (1, None))[1]
     if first is None:
         return None
-    item = _Checks(path.name).parse(1, first)
+    item = Checks(path.name).parse(1, first)
     return item if isinstance(item, Header) else None

@@ -19,6 +19,8 @@ COMMANDS = {
     "analyze": "judge the traces of a folder",
     "compare": "compare two engines, or two builds of one, on the same tokens",
     "report": "rebuild every report of a run from its traces",
+    "pack": "turn a folder's traces into Parquet, with nothing lost",
+    "unpack": "turn packed traces back into JSON Lines, to the byte",
     "validate": "say what is wrong with a trace, line by line",
     "faults": "list the faults that can be planted, and what must be found",
     "engines": "list the engines and how to install them",

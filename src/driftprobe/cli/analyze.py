@@ -23,7 +23,7 @@ Examples:
 @click.option("--output", type=click.Path(path_type=Path), help="Write traces and reports into this folder too.")
 def command(traces: Path, mode: str | None, output: Path | None) -> None:
     """Judge the traces in TRACES (a traces folder, or a run's folder) and print the verdict."""
-    result = analyze(traces, mode=mode)
+    result = analyze(traces, mode=mode, whole=output is not None)
     console = Console(highlight=False)
     code = show(result, console)
     if output is not None:

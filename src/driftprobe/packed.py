@@ -1,0 +1,303 @@
+"""A trace as Parquet: the same lines, their records in columns beside. Specified in docs/trace-format.md, section 10.
+
+Every line of the JSON Lines can be had back to the byte: it is encoded from its columns where that gives the same
+bytes, and kept whole (`raw`) where it does not. polars reads and writes the file, and is imported when one is met.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from driftprobe.columns import FLOATS, INTEGERS, NONE, ROW, WORDS, Array, Columns, breaks_a_must
+from driftprobe.errors import TraceError, UsageError
+from driftprobe.fingerprint import SKETCH_BLOCK
+from driftprobe.scan import MAX_ODD, GivenUpError, Parts, columns_of
+from driftprobe.trace import Checks, Event, Footer, Header, Problem, Record, encode_line
+
+Table = Any
+"""A DataFrame of polars, which may not be installed where types are checked."""
+Column = Any
+"""A Series of polars."""
+ENDING = ".parquet"
+MADE_BY = "driftprobe/packed/1"
+GROUP = 1 << 16
+"""Rows of a row group: what a reader can skip at once."""
+MAX_ROWS_A_BYTE = 8
+"""Rows in a byte of the file, at most: a file that holds more was made to fill a memory."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One packed file, read: a row of `columns.rows` for each line."""
+
+    columns: Columns
+    """`taken` is 0 for a line that has no columns."""
+    raw: dict[int, bytes]
+    """Row -> the line, where the columns do not give it back."""
+    sha256: str
+    """Of every byte before the last line."""
+
+    def lines(self) -> Iterator[tuple[int, bytes | None]]:
+        """Yield each line with its number, as `trace.lines` does."""
+        for index in range(len(self.columns.rows)):
+            yield index + 1, self.raw[index] if index in self.raw else line_of(self.columns, index)
+
+
+def line_of(columns: Columns, index: int) -> bytes:
+    """Return the line that our own writer makes of a record."""
+    return encode_line("record", columns.record(index))
+
+
+def pack(columns: Columns, raw: dict[int, bytes], sha256: str, path: Path) -> None:
+    """Write the lines of a trace, a row for each, sorted by key. Raises OSError."""
+    table = _table(columns, raw)
+    facts = {"made_by": MADE_BY, "sketch_size": columns.sums.shape[1], "digest": _digest(columns), "sha256": sha256}
+    table.write_parquet(
+        path, compression="zstd", statistics=True, row_group_size=GROUP, metadata={"driftprobe": json.dumps(facts)}
+    )
+
+
+def _table(columns: Columns, raw: dict[int, bytes]) -> Table:
+    pl, rows = _polars(), columns.rows
+    taken = rows["taken"] == 1
+    body: dict[str, Any] = {"line": np.arange(1, len(rows) + 1, dtype=np.uint32)}
+    for name in WORDS:
+        names = pl.Series(columns.words, dtype=pl.String)
+        codes = pl.Series(np.where(taken, rows[name], -1))
+        body[name] = names.gather(codes.set(codes < 0, None)).cast(pl.Enum(names))
+    body["layer"] = _with_nulls(rows["layer"], taken & (rows["layer"] >= 0))
+    body["hash"] = _with_nulls(rows["hash"], taken)
+    for name in INTEGERS:
+        body[name] = _with_nulls(rows[name], taken & (rows[name] != NONE))
+    for name in FLOATS:
+        body[name] = _with_nulls(rows[name], taken & ~np.isnan(rows[name]))
+    sums, hashes = columns.sums, columns.hashes
+    body["sketch"] = pl.Series(
+        [None if at < 0 else sums[at].tobytes() for at in np.where(taken, rows["sums"], -1).tolist()], dtype=pl.Binary
+    )
+    counts = np.where(taken, rows["rows"], -1).tolist()
+    starts = rows["rows_at"].tolist()
+    body["rows"] = pl.Series(
+        [None if n < 0 else hashes[at : at + n].tobytes() for at, n in zip(starts, counts, strict=True)],
+        dtype=pl.Binary,
+    )
+    body["raw"] = pl.Series([raw.get(index) for index in range(len(rows))], dtype=pl.Binary)
+    keys = ["arm", "step", "layer", "tensor", "logical_tok_idx", "line"]
+    return pl.DataFrame(body).sort([pl.col(key).to_physical() if key in WORDS else pl.col(key) for key in keys])
+
+
+def _with_nulls(values: Array, known: Array) -> Column:
+    series = _polars().Series(np.ascontiguousarray(values))
+    return series.set(_polars().Series(~known), None)
+
+
+def read_packed(path: Path) -> Packed:
+    """Return a packed file. Raises TraceError for one that is damaged or was not made by `pack`, and OSError."""
+    pl = _polars()
+    try:
+        with path.open("rb") as file:
+            facts = _facts(pl.read_parquet_metadata(file).get("driftprobe"))
+        counted = int(pl.scan_parquet(path, glob=False).select(pl.len()).collect().item())
+        if counted > MAX_ROWS_A_BYTE * path.stat().st_size:
+            raise _UnfitError(f"{counted} rows in {path.stat().st_size} bytes")
+        return _unpacked(pl.read_parquet(path, glob=False), facts, path)
+    except _UnfitError as error:
+        raise _not_packed(path, str(error)) from error
+    except OSError:
+        raise
+    except BaseException as error:  # a panic inside polars is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        raise _not_packed(path, f"{type(error).__name__}: {error}") from error
+
+
+class _UnfitError(Exception):
+    """The file is Parquet, and not one of ours."""
+
+
+def _facts(text: str | None) -> dict[str, Any]:
+    try:
+        facts = json.loads(text or "")
+    except (ValueError, RecursionError) as error:
+        raise _UnfitError("no description by driftprobe in its metadata") from error
+    if not isinstance(facts, dict) or facts.get("made_by") != MADE_BY:
+        raise _UnfitError(f"made by {facts.get('made_by') if isinstance(facts, dict) else facts!r}")
+    size = facts.get("sketch_size")
+    if not isinstance(size, int) or not 1 <= size <= SKETCH_BLOCK:
+        raise _UnfitError(f"sketch size {size!r}")
+    return facts
+
+
+def _unpacked(table: Table, facts: dict[str, Any], path: Path) -> Packed:
+    _check_schema(table)
+    table = table.sort("line")
+    if table["line"].null_count() or (table["line"].to_numpy() != np.arange(1, len(table) + 1)).any():
+        raise _UnfitError("lines are missing, or there twice")
+    rows, words = np.zeros(len(table), ROW), dict[str, int]()
+    taken = table["hash"].is_not_null().to_numpy()
+    if any((table[name].is_null().to_numpy() & taken).any() for name in ("prompt", "phase", "arm", "tensor", "step")):
+        raise _UnfitError("a record without its key")
+    rows["taken"], rows["hash"] = taken, table["hash"].fill_null(0).to_numpy()
+    rows["layer"] = table["layer"].fill_null(-1).to_numpy()
+    for name in WORDS:
+        rows[name] = _codes(table[name], words)
+    for name in INTEGERS:
+        rows[name] = table[name].fill_null(NONE).to_numpy()
+    for name in FLOATS:
+        rows[name] = table[name].fill_null(np.nan).to_numpy()
+    size = int(facts["sketch_size"])
+    sums = _blobs(table["sketch"], 8 * size)
+    rows["sums"] = _numbered(table["sketch"])
+    hashes = _blobs(table["rows"], 0)
+    lengths = (table["rows"].bin.size("b").fill_null(0).to_numpy() // 8).astype(np.int64)
+    rows["rows"] = np.where(table["rows"].is_null().to_numpy(), -1, lengths)
+    rows["rows_at"] = np.cumsum(lengths) - lengths
+    header = Header(prompt="", sketch_size=size)
+    columns = Columns(
+        header,
+        rows,
+        np.frombuffer(sums, "<f8").reshape(-1, size),
+        np.frombuffer(hashes, "<u8"),
+        list(words),
+        (),
+        path.name,
+    )
+    if _digest(columns) != facts.get("digest"):
+        raise _UnfitError("its digest is not that of its columns")
+    known = table["raw"].is_not_null().to_numpy()
+    if not (known | taken).all():
+        raise _UnfitError("a line that is neither there nor in the columns")
+    at = np.flatnonzero(known).tolist()
+    return Packed(columns, dict(zip(at, table["raw"].drop_nulls().to_list(), strict=True)), str(facts.get("sha256")))
+
+
+def _check_schema(table: Table) -> None:
+    pl = _polars()
+    wanted = {"line": pl.UInt32, **dict.fromkeys(WORDS, pl.Enum), "layer": pl.Int32, "hash": pl.UInt64,
+              **dict.fromkeys(INTEGERS, pl.Int64), **dict.fromkeys(FLOATS, pl.Float64), "sketch": pl.Binary,
+              "rows": pl.Binary, "raw": pl.Binary}  # fmt: skip
+    found = dict(table.schema)
+    odd = [name for name, kind in wanted.items() if name not in found or found[name].base_type() is not kind]
+    if odd or found.keys() != wanted.keys():
+        raise _UnfitError(
+            f"columns {', '.join(odd or sorted(found.keys() - wanted.keys()))[:100]} are not those of the format"
+        )
+
+
+def _codes(series: Column, words: dict[str, int]) -> Array:
+    """Return the number of each word, -1 where there is none; words that are new get one."""
+    names = series.dtype.categories.to_list()
+    table = np.array([*(words.setdefault(name, len(words)) for name in names), -1], dtype=np.int32)
+    codes: Array = series.to_physical().cast(_polars().Int64).fill_null(len(names)).to_numpy()
+    return np.asarray(table[codes])
+
+
+def _blobs(series: Column, size: int) -> bytes:
+    """Return all bytes of a column; raises _UnfitError where one is not of `size`, or of whole numbers."""
+    lengths = series.bin.size("b").drop_nulls().to_numpy()
+    if (lengths % 8).any() or (size and (lengths != size).any()):
+        raise _UnfitError(f"{series.name} of the wrong size")
+    return b"".join(series.drop_nulls().to_list())
+
+
+def _numbered(series: Column) -> Array:
+    known = series.is_not_null().to_numpy()
+    return np.where(known, np.cumsum(known) - 1, -1)
+
+
+def _digest(columns: Columns) -> str:
+    """Return XXH3-128 of the columns as they are read: what a flipped bit changes."""
+    digest, rows = xxhash.xxh3_128(), columns.rows
+    taken = rows["taken"] == 1
+    for name in ("taken", "hash", "layer", *INTEGERS, *FLOATS):
+        digest.update(np.ascontiguousarray(rows[name][taken]).data)
+    for name in WORDS:
+        present, codes = np.unique(rows[name][taken], return_inverse=True)
+        names = sorted((("" if code < 0 else columns.words[code]), at) for at, code in enumerate(present.tolist()))
+        ranks = np.argsort([at for _, at in names]).astype("<i4") if names else np.zeros(0, "<i4")
+        digest.update("\0".join(name for name, _ in names).encode())
+        digest.update(np.ascontiguousarray(ranks[codes]).data)
+    digest.update(np.ascontiguousarray(columns.sums).data)
+    digest.update(np.ascontiguousarray(columns.hashes).data)
+    return digest.hexdigest()
+
+
+def packed_columns(path: Path) -> Columns | None:
+    """Return a complete trace as columns, as `scan.read_columns` does; None where it is to be read line by line.
+
+    Raises TraceError and OSError as `read_packed` does.
+    """
+    try:
+        columns = _Reading(path, read_packed(path)).columns()
+    except GivenUpError:
+        return None
+    return None if breaks_a_must(columns) else columns
+
+
+class _Reading:
+    """The lines of a packed file that are no plain records, read by trace.py."""
+
+    def __init__(self, path: Path, packed: Packed) -> None:
+        self.packed, self.name = packed, path.with_suffix(".jsonl").name
+        self.checks = Checks(self.name)
+        self.events: list[Event] = []
+        self.odd: dict[int, Record] = {}
+
+    def columns(self) -> Columns:
+        """Return the trace; raises GivenUpError."""
+        found = self.packed.columns
+        alone = np.flatnonzero(found.rows["taken"] == 0).tolist()
+        if len(alone) > MAX_ODD or not alone or alone[0] != 0 or alone[-1] != len(found.rows) - 1:
+            raise GivenUpError
+        for index in alone[:-1]:
+            self._line(index, self.packed.raw[index])
+        self._end(len(found.rows) - 1, len(found.rows) - 2 - len(self.events))
+        header = self.checks.header
+        if header is None or header.sketch_size != found.sums.shape[1]:
+            raise GivenUpError
+        sums = np.concatenate([found.sums, np.zeros((len(self.odd), header.sketch_size))]) if self.odd else found.sums
+        parts = Parts(found.rows, sums, found.hashes, found.words)
+        return columns_of(header, parts, self.odd, tuple(self.events), self.name)
+
+    def _line(self, index: int, raw: bytes) -> None:
+        item = self.checks.parse(index + 1, raw)
+        if isinstance(item, Problem | Footer) or self.checks.item(index + 1, raw, item):
+            raise GivenUpError
+        if isinstance(item, Event):
+            self.events.append(item)
+        elif isinstance(item, Record):
+            self.odd[index] = item
+
+    def _end(self, index: int, records: int) -> None:
+        """Hold the last line to what `pack` has counted and digested."""
+        raw = self.packed.raw[index]
+        item = self.checks.parse(index + 1, raw)
+        expected = Footer(records=records, events=len(self.events), sha256=self.packed.sha256)
+        if item != expected or not raw.endswith(b"\n"):
+            raise GivenUpError
+
+
+def _not_packed(path: Path, measured: str) -> TraceError:
+    return TraceError(
+        "the packed trace cannot be read", where=path.name, measured=ascii(measured.partition("\n")[0])[:200],
+        allowed="a whole file that `driftprobe pack` wrote",
+        next_step="copy it again, or pack the traces that it was made from",
+    )  # fmt: skip
+
+
+def _polars() -> Any:
+    try:
+        import polars
+    except ImportError as error:
+        raise UsageError(
+            "packed traces need polars", where="*.parquet", measured=str(error), allowed="polars installed",
+            next_step="pip install -e '.[scale]', or unpack them where it is installed",
+        ) from error  # fmt: skip
+    return polars
