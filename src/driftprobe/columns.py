@@ -154,7 +154,8 @@ def _of_each_name(columns: Columns) -> list[int]:
 
 def known(values: Array) -> Array:
     """Return integers, with 0 for those that were left out."""
-    return np.where(values == NONE, 0, values)
+    values = np.ascontiguousarray(values)
+    return np.where(values == NONE, 0, values) if values.min(initial=0) == NONE else values
 
 
 def first_of(keys: Array, count: int) -> list[int]:

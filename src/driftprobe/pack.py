@@ -89,7 +89,7 @@ def _packed(path: Path, part: Path) -> int:
     """Write a packed file, read it back, and return how many lines it has."""
     header = read_header(path)
     size = SKETCH_SIZE if header is None or not 1 <= header.sketch_size <= SKETCH_BLOCK else header.sketch_size
-    scanning, digest, last = Scanning(size), hashlib.sha256(), b""
+    scanning, digest, last = Scanning(size, path.stat().st_size), hashlib.sha256(), b""
     try:
         with path.open("rb") as file:
             for data, _, _ in scanning.chunks(file):
@@ -103,7 +103,8 @@ def _packed(path: Path, part: Path) -> int:
     raw = _not_given_back(columns, path)
     pack(columns, raw, digest.hexdigest(), part)
     back = read_packed(part)
-    if back.raw != raw or len(back.columns.rows) != len(columns.rows) or back.sha256 != digest.hexdigest():
+    again = {line: back.raw[index] for line, index in enumerate(back.order.tolist()) if index in back.raw}
+    if again != raw or len(back.order) != len(columns.rows) or back.sha256 != digest.hexdigest():
         raise TraceError(
             "the packed trace is not the one that was written", where=part.name, measured="other lines when read back",
             allowed="the same bytes", next_step="keep the JSON Lines, and check the disk",

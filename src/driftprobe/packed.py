@@ -35,10 +35,12 @@ MAX_ROWS_A_BYTE = 8
 
 @dataclass(frozen=True)
 class Packed:
-    """One packed file, read: a row of `columns.rows` for each line."""
+    """One packed file, read: a row of `columns.rows` for each line, sorted by key."""
 
     columns: Columns
     """`taken` is 0 for a line that has no columns."""
+    order: Array
+    """The row of each line."""
     raw: dict[int, bytes]
     """Row -> the line, where the columns do not give it back."""
     sha256: str
@@ -46,8 +48,8 @@ class Packed:
 
     def lines(self) -> Iterator[tuple[int, bytes | None]]:
         """Yield each line with its number, as `trace.lines` does."""
-        for index in range(len(self.columns.rows)):
-            yield index + 1, self.raw[index] if index in self.raw else line_of(self.columns, index)
+        for number, index in enumerate(self.order.tolist(), 1):
+            yield number, self.raw[index] if index in self.raw else line_of(self.columns, index)
 
 
 def line_of(columns: Columns, index: int) -> bytes:
@@ -57,8 +59,9 @@ def line_of(columns: Columns, index: int) -> bytes:
 
 def pack(columns: Columns, raw: dict[int, bytes], sha256: str, path: Path) -> None:
     """Write the lines of a trace, a row for each, sorted by key. Raises OSError."""
-    table = _table(columns, raw)
-    facts = {"made_by": MADE_BY, "sketch_size": columns.sums.shape[1], "digest": _digest(columns), "sha256": sha256}
+    table, size = _table(columns, raw), columns.sums.shape[1]
+    digest = _digest(_columns(table, size, path.name))
+    facts = {"made_by": MADE_BY, "sketch_size": size, "digest": digest, "sha256": sha256}
     table.write_parquet(
         path, compression="zstd", statistics=True, row_group_size=GROUP, metadata={"driftprobe": json.dumps(facts)}
     )
@@ -137,45 +140,41 @@ def _facts(text: str | None) -> dict[str, Any]:
 
 def _unpacked(table: Table, facts: dict[str, Any], path: Path) -> Packed:
     _check_schema(table)
-    table = table.sort("line")
-    if table["line"].null_count() or (table["line"].to_numpy() != np.arange(1, len(table) + 1)).any():
+    order = np.argsort(table["line"].fill_null(0).to_numpy(), kind="stable")
+    if (table["line"].fill_null(0).to_numpy()[order] != np.arange(1, len(table) + 1)).any():
         raise _UnfitError("lines are missing, or there twice")
+    columns = _columns(table, int(facts["sketch_size"]), path.name)
+    if _digest(columns) != facts.get("digest"):
+        raise _UnfitError("its digest is not that of its columns")
+    known = table["raw"].is_not_null().to_numpy()
+    if not (known | (columns.rows["taken"] == 1)).all():
+        raise _UnfitError("a line that is neither there nor in the columns")
+    raw = zip(np.flatnonzero(known).tolist(), table["raw"].drop_nulls().to_list(), strict=True)
+    return Packed(columns, order, dict(raw), str(facts.get("sha256")))
+
+
+def _columns(table: Table, size: int, name: str) -> Columns:
+    """Return a table's records as columns; raises _UnfitError."""
     rows, words = np.zeros(len(table), ROW), dict[str, int]()
     taken = table["hash"].is_not_null().to_numpy()
     if any((table[name].is_null().to_numpy() & taken).any() for name in ("prompt", "phase", "arm", "tensor", "step")):
         raise _UnfitError("a record without its key")
     rows["taken"], rows["hash"] = taken, table["hash"].fill_null(0).to_numpy()
     rows["layer"] = table["layer"].fill_null(-1).to_numpy()
-    for name in WORDS:
-        rows[name] = _codes(table[name], words)
-    for name in INTEGERS:
-        rows[name] = table[name].fill_null(NONE).to_numpy()
-    for name in FLOATS:
-        rows[name] = table[name].fill_null(np.nan).to_numpy()
-    size = int(facts["sketch_size"])
+    for column in WORDS:
+        rows[column] = _codes(table[column], words)
+    for column in INTEGERS:
+        rows[column] = table[column].fill_null(NONE).to_numpy()
+    for column in FLOATS:
+        rows[column] = table[column].fill_null(np.nan).to_numpy()
     sums = _blobs(table["sketch"], 8 * size)
     rows["sums"] = _numbered(table["sketch"])
     hashes = _blobs(table["rows"], 0)
     lengths = (table["rows"].bin.size("b").fill_null(0).to_numpy() // 8).astype(np.int64)
     rows["rows"] = np.where(table["rows"].is_null().to_numpy(), -1, lengths)
     rows["rows_at"] = np.cumsum(lengths) - lengths
-    header = Header(prompt="", sketch_size=size)
-    columns = Columns(
-        header,
-        rows,
-        np.frombuffer(sums, "<f8").reshape(-1, size),
-        np.frombuffer(hashes, "<u8"),
-        list(words),
-        (),
-        path.name,
-    )
-    if _digest(columns) != facts.get("digest"):
-        raise _UnfitError("its digest is not that of its columns")
-    known = table["raw"].is_not_null().to_numpy()
-    if not (known | taken).all():
-        raise _UnfitError("a line that is neither there nor in the columns")
-    at = np.flatnonzero(known).tolist()
-    return Packed(columns, dict(zip(at, table["raw"].drop_nulls().to_list(), strict=True)), str(facts.get("sha256")))
+    header, own = Header(prompt="", sketch_size=size), np.frombuffer(hashes, "<u8")
+    return Columns(header, rows, np.frombuffer(sums, "<f8").reshape(-1, size), own, list(words), (), name)
 
 
 def _check_schema(table: Table) -> None:
@@ -219,10 +218,12 @@ def _digest(columns: Columns) -> str:
     for name in ("taken", "hash", "layer", *INTEGERS, *FLOATS):
         digest.update(np.ascontiguousarray(rows[name][taken]).data)
     for name in WORDS:
-        present, codes = np.unique(rows[name][taken], return_inverse=True)
-        names = sorted((("" if code < 0 else columns.words[code]), at) for at, code in enumerate(present.tolist()))
-        ranks = np.argsort([at for _, at in names]).astype("<i4") if names else np.zeros(0, "<i4")
-        digest.update("\0".join(name for name, _ in names).encode())
+        codes = rows[name][taken] + 1
+        present = np.flatnonzero(np.bincount(codes, minlength=1))
+        by_name = sorted(present.tolist(), key=lambda code: columns.words[code - 1] if code else "")
+        ranks = np.zeros(len(columns.words) + 1, "<i4")
+        ranks[by_name] = np.arange(len(by_name))
+        digest.update(json.dumps([columns.words[code - 1] if code else None for code in by_name]).encode())
         digest.update(np.ascontiguousarray(ranks[codes]).data)
     digest.update(np.ascontiguousarray(columns.sums).data)
     digest.update(np.ascontiguousarray(columns.hashes).data)
@@ -253,12 +254,13 @@ class _Reading:
     def columns(self) -> Columns:
         """Return the trace; raises GivenUpError."""
         found = self.packed.columns
-        alone = np.flatnonzero(found.rows["taken"] == 0).tolist()
-        if len(alone) > MAX_ODD or not alone or alone[0] != 0 or alone[-1] != len(found.rows) - 1:
+        order = self.packed.order
+        alone = np.flatnonzero(found.rows["taken"][order] == 0).tolist()
+        if len(alone) > MAX_ODD or not alone or alone[0] != 0 or alone[-1] != len(order) - 1:
             raise GivenUpError
-        for index in alone[:-1]:
-            self._line(index, self.packed.raw[index])
-        self._end(len(found.rows) - 1, len(found.rows) - 2 - len(self.events))
+        for line in alone[:-1]:
+            self._line(line + 1, int(order[line]))
+        self._end(int(order[-1]), len(order) - 2 - len(self.events))
         header = self.checks.header
         if header is None or header.sketch_size != found.sums.shape[1]:
             raise GivenUpError
@@ -266,9 +268,10 @@ class _Reading:
         parts = Parts(found.rows, sums, found.hashes, found.words)
         return columns_of(header, parts, self.odd, tuple(self.events), self.name)
 
-    def _line(self, index: int, raw: bytes) -> None:
-        item = self.checks.parse(index + 1, raw)
-        if isinstance(item, Problem | Footer) or self.checks.item(index + 1, raw, item):
+    def _line(self, number: int, index: int) -> None:
+        raw = self.packed.raw[index]
+        item = self.checks.parse(number, raw)
+        if isinstance(item, Problem | Footer) or self.checks.item(number, raw, item):
             raise GivenUpError
         if isinstance(item, Event):
             self.events.append(item)
@@ -278,7 +281,7 @@ class _Reading:
     def _end(self, index: int, records: int) -> None:
         """Hold the last line to what `pack` has counted and digested."""
         raw = self.packed.raw[index]
-        item = self.checks.parse(index + 1, raw)
+        item = self.checks.parse(len(self.packed.order), raw)
         expected = Footer(records=records, events=len(self.events), sha256=self.packed.sha256)
         if item != expected or not raw.endswith(b"\n"):
             raise GivenUpError

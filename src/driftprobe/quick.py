@@ -6,11 +6,13 @@ stands; any other trace is loaded, and judged as a whole.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 from driftprobe.compare import NoPayloads
 from driftprobe.judgement import TraceJudgement
-from driftprobe.load import load_traces, read_whole, traces_folder
+from driftprobe.load import load_traces, read_whole, trace_files, traces_folder
 from driftprobe.packed import ENDING, packed_columns
 from driftprobe.scan import read_columns
 from driftprobe.thin import thin
@@ -20,6 +22,9 @@ from driftprobe.verdict import judge_thinned
 LARGE = 4 << 20
 """Bytes from which a trace is worth thinning; below, its judgement takes no time."""
 
+AT_ONCE = 2
+"""Traces that are read at once: so many are in memory, and the scanner runs without the interpreter's lock."""
+
 
 class Quick:
     """Judges traces as they are met, where that can be done from columns."""
@@ -27,19 +32,30 @@ class Quick:
     def __init__(self, large: int = LARGE) -> None:
         self.large = large
         self.ready: dict[str, TraceJudgement] = {}
+        self._ahead: dict[Path, Future[tuple[Trace, TraceJudgement] | None]] = {}
+
+    def ahead(self, paths: Iterable[Path], pool: Executor) -> None:
+        """Begin with files that will be asked for; links are left until somebody has seen where they lead."""
+        plain = (path for path in paths if path.is_file() and not path.is_symlink())
+        self._ahead = {path: pool.submit(self._judged, path) for path in plain}
 
     def __call__(self, path: Path) -> Trace | None:
         """Return a trace without its records if it is judged and done with; None where it has to be loaded."""
+        begun = self._ahead.pop(path, None)
+        found = self._judged(path) if begun is None else begun.result()
+        if found is None:
+            return None
+        trace, self.ready[trace.path] = found
+        return trace
+
+    def _judged(self, path: Path) -> tuple[Trace, TraceJudgement] | None:
         packed = path.suffix == ENDING
         if path.stat().st_size < (self.large // 16 if packed else self.large):
             return None
         columns = packed_columns(path) if packed else read_columns(path)
         pairs = None if columns is None else thin(columns)
         judged = None if pairs is None else judge_thinned(pairs, NoPayloads())
-        if pairs is None or judged is None:
-            return None
-        self.ready[pairs.trace.path] = judged
-        return pairs.trace
+        return None if pairs is None or judged is None else (pairs.trace, judged)
 
 
 def load_quickly(folder: Path, mode: str | None, quick: Quick) -> tuple[Trace, ...]:
@@ -48,13 +64,18 @@ def load_quickly(folder: Path, mode: str | None, quick: Quick) -> tuple[Trace, .
     A run and its rung of the precision ladder are compared, so that either both are judged already, or none.
     Raises TraceError as `load_traces` does.
     """
-    found = load_traces(folder, mode, quick)
+    where = traces_folder(folder)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        quick.ahead(trace_files(where), pool)
+        try:
+            found = load_traces(folder, mode, quick)
+        finally:
+            pool.shutdown(cancel_futures=True)
     loaded = {_run(trace) for trace in found if trace.path not in quick.ready}
     again = [trace for trace in found if trace.path in quick.ready and _run(trace) in loaded]
     for trace in again:
         del quick.ready[trace.path]
     names = {trace.path for trace in again}
-    where = traces_folder(folder)
     return tuple(read_whole(where, trace) if trace.path in names else trace for trace in found)
 
 

@@ -52,12 +52,21 @@ def read_columns(path: Path) -> Columns | None:
     return None if breaks_a_must(columns) else columns
 
 
+_SIZES = ((ROW, 256), (np.float64, 18), (np.uint64, 20))
+"""What the scanner writes, and how many bytes of a file one takes at least, or nearly so."""
+
+
 @dataclass
 class _Room:
     """Arrays that the scanner writes into, and how much of each is used."""
 
-    arrays: list[Array] = field(default_factory=lambda: [np.empty(0, kind) for kind in (ROW, np.float64, np.uint64)])
+    arrays: list[Array]
     used: list[int] = field(default_factory=lambda: [0, 0, 0])
+
+    @classmethod
+    def for_file(cls, length: int) -> _Room:
+        """Return room for about all of a file; what is never written takes no memory."""
+        return cls([np.empty(length // size + 1, kind) for kind, size in _SIZES])
 
     def grow(self) -> None:
         """Make every array larger by half."""
@@ -85,9 +94,9 @@ class Parts:
 class Scanning:
     """A file that is scanned chunk by chunk."""
 
-    def __init__(self, sketch_size: int) -> None:
+    def __init__(self, sketch_size: int, length: int) -> None:
         self.size = sketch_size
-        self.room, self.table = _Room(), scanner.words()
+        self.room, self.table = _Room.for_file(length), scanner.words()
 
     def chunks(self, file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
         """Yield each chunk of whole lines with its place in the file and its first row; what is left ends without one.
@@ -142,7 +151,7 @@ class _Reading:
         header = read_header(self.path)
         if header is None or not 1 <= header.sketch_size <= SKETCH_BLOCK:
             raise GivenUpError
-        scanning, before = Scanning(header.sketch_size), None
+        scanning, before = Scanning(header.sketch_size, self.path.stat().st_size), None
         with ThreadPoolExecutor(1) as beside:
             for data, place, first in scanning.chunks(file):
                 rows = scanning.room.arrays[0][first : scanning.room.used[0]]
@@ -195,9 +204,13 @@ def columns_of(header: Header, parts: Parts, odd: dict[int, Record], events: tup
             parts.sums[count] = record.sketch
             count += 1
         rows[index] = row_of(record, numbers, count - 1)
-    kept = np.flatnonzero(rows["taken"])
-    moved = {int(np.searchsorted(kept, index)): record for index, record in odd.items()}
-    return Columns(header, rows[kept], parts.sums[:count], parts.hashes, list(numbers), events, name, moved)
+    left = np.flatnonzero(rows["taken"] == 0)
+    moved = {int(index - np.searchsorted(left, index)): record for index, record in odd.items()}
+    if left.tolist() == [0, len(rows) - 1]:  # header and footer: no need to copy what stands between
+        kept = rows[1:-1]
+    else:
+        kept = rows[rows["taken"] == 1]
+    return Columns(header, kept, parts.sums[:count], parts.hashes, list(numbers), events, name, moved)
 
 
 MAX_LAYER = 1_000_000
