@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from driftprobe import quick as quick_module
+from driftprobe import scan as scan_module
 from driftprobe.api import analyze, compare
+from driftprobe.cli import group
 from driftprobe.errors import DriftprobeError, OutputError, TraceError
 from driftprobe.load import lines_of, load_traces
 from driftprobe.pack import pack_folder, unpack_folder
@@ -205,6 +209,30 @@ def test_the_same_trace_packed_and_unpacked_is_an_error(folder):
             turn(folder)
         assert_five_parts(taken.value, what="there already", where="quiet_as_designed")
     assert whole.read_bytes() == body
+
+
+def test_the_commands_pack_and_unpack(folder):
+    names = sorted(path.name for path in folder.iterdir())
+    for turn, ending in (("pack", ".parquet"), ("unpack", ".jsonl")):
+        done = CliRunner().invoke(group, [turn, str(folder.parent)])
+        assert done.exit_code == 0, done.output
+        assert [line.split(":")[0] for line in done.output.splitlines()] == [name[:-6] + ending for name in names]
+
+
+def test_without_polars_a_packed_folder_says_what_is_missing(folder, monkeypatch):
+    pack_folder(folder)
+    monkeypatch.setitem(sys.modules, "polars", None)
+    with pytest.raises(DriftprobeError) as error:
+        load_traces(folder)
+    assert_five_parts(error.value, what="need polars", where="parquet")
+    assert "[scale]" in error.value.next_step
+
+
+def test_without_the_scanner_large_traces_are_read_line_by_line(folder, monkeypatch):
+    found = load_traces(folder)
+    monkeypatch.setattr(scan_module, "scanner", None)
+    assert all(read_columns(path) is None for path in folder.iterdir())
+    assert load_traces(folder) == found
 
 
 # ---- hostile files

@@ -7,7 +7,7 @@ bytes, and kept whole (`raw`) where it does not. polars reads and writes the fil
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def line_of(columns: Columns, index: int) -> bytes:
 def pack(columns: Columns, raw: dict[int, bytes], sha256: str, path: Path) -> None:
     """Write the lines of a trace, a row for each, sorted by key. Raises OSError."""
     table, size = _table(columns, raw), columns.sums.shape[1]
-    digest = _digest(_columns(table, size, path.name))
+    digest = _digest(_columns(table, table["sketch"].slice, size, path.name))
     facts = {"made_by": MADE_BY, "sketch_size": size, "digest": digest, "sha256": sha256}
     table.write_parquet(
         path, compression="zstd", statistics=True, row_group_size=GROUP, metadata={"driftprobe": json.dumps(facts)}
@@ -110,7 +110,8 @@ def read_packed(path: Path) -> Packed:
         counted = int(pl.scan_parquet(path, glob=False).select(pl.len()).collect().item())
         if counted > MAX_ROWS_A_BYTE * path.stat().st_size:
             raise _UnfitError(f"{counted} rows in {path.stat().st_size} bytes")
-        return _unpacked(pl.read_parquet(path, glob=False), facts, path)
+        _check_schema(pl.scan_parquet(path, glob=False).collect_schema())
+        return _unpacked(path, facts)
     except _UnfitError as error:
         raise _not_packed(path, str(error)) from error
     except OSError:
@@ -138,12 +139,17 @@ def _facts(text: str | None) -> dict[str, Any]:
     return facts
 
 
-def _unpacked(table: Table, facts: dict[str, Any], path: Path) -> Packed:
-    _check_schema(table)
+def _unpacked(path: Path, facts: dict[str, Any]) -> Packed:
+    whole = _polars().scan_parquet(path, glob=False)
+    table = whole.drop("sketch").collect()
     order = np.argsort(table["line"].fill_null(0).to_numpy(), kind="stable")
     if (table["line"].fill_null(0).to_numpy()[order] != np.arange(1, len(table) + 1)).any():
         raise _UnfitError("lines are missing, or there twice")
-    columns = _columns(table, int(facts["sketch_size"]), path.name)
+
+    def sketches(start: int, count: int) -> Column:
+        return whole.select("sketch").slice(start, count).collect()["sketch"]
+
+    columns = _columns(table, sketches, int(facts["sketch_size"]), path.name)
     if _digest(columns) != facts.get("digest"):
         raise _UnfitError("its digest is not that of its columns")
     known = table["raw"].is_not_null().to_numpy()
@@ -153,8 +159,8 @@ def _unpacked(table: Table, facts: dict[str, Any], path: Path) -> Packed:
     return Packed(columns, order, dict(raw), str(facts.get("sha256")))
 
 
-def _columns(table: Table, size: int, name: str) -> Columns:
-    """Return a table's records as columns; raises _UnfitError."""
+def _columns(table: Table, sketches: Callable[[int, int], Column], size: int, name: str) -> Columns:
+    """Return a table's records as columns; raises _UnfitError. Sketches, most of a file, come a group at a time."""
     rows, words = np.zeros(len(table), ROW), dict[str, int]()
     taken = table["hash"].is_not_null().to_numpy()
     if any((table[name].is_null().to_numpy() & taken).any() for name in ("prompt", "phase", "arm", "tensor", "step")):
@@ -167,22 +173,28 @@ def _columns(table: Table, size: int, name: str) -> Columns:
         rows[column] = table[column].fill_null(NONE).to_numpy()
     for column in FLOATS:
         rows[column] = table[column].fill_null(np.nan).to_numpy()
-    sums = _blobs(table["sketch"], 8 * size)
-    rows["sums"] = _numbered(table["sketch"])
+    sums = np.empty((0, size))
+    for start in range(0, len(table), GROUP):
+        column = sketches(start, GROUP)
+        more = np.frombuffer(_blobs(column, 8 * size), "<f8").reshape(-1, size)
+        known = column.is_not_null().to_numpy()
+        rows["sums"][start : start + GROUP] = np.where(known, len(sums) + np.cumsum(known) - 1, -1)
+        sums.resize((len(sums) + len(more), size), refcheck=False)
+        sums[len(sums) - len(more) :] = more
     hashes = _blobs(table["rows"], 0)
     lengths = (table["rows"].bin.size("b").fill_null(0).to_numpy() // 8).astype(np.int64)
     rows["rows"] = np.where(table["rows"].is_null().to_numpy(), -1, lengths)
     rows["rows_at"] = np.cumsum(lengths) - lengths
     header, own = Header(prompt="", sketch_size=size), np.frombuffer(hashes, "<u8")
-    return Columns(header, rows, np.frombuffer(sums, "<f8").reshape(-1, size), own, list(words), (), name)
+    return Columns(header, rows, sums, own, list(words), (), name)
 
 
-def _check_schema(table: Table) -> None:
+def _check_schema(schema: Any) -> None:
     pl = _polars()
     wanted = {"line": pl.UInt32, **dict.fromkeys(WORDS, pl.Enum), "layer": pl.Int32, "hash": pl.UInt64,
               **dict.fromkeys(INTEGERS, pl.Int64), **dict.fromkeys(FLOATS, pl.Float64), "sketch": pl.Binary,
               "rows": pl.Binary, "raw": pl.Binary}  # fmt: skip
-    found = dict(table.schema)
+    found = dict(schema)
     odd = [name for name, kind in wanted.items() if name not in found or found[name].base_type() is not kind]
     if odd or found.keys() != wanted.keys():
         raise _UnfitError(
@@ -204,11 +216,6 @@ def _blobs(series: Column, size: int) -> bytes:
     if (lengths % 8).any() or (size and (lengths != size).any()):
         raise _UnfitError(f"{series.name} of the wrong size")
     return b"".join(series.drop_nulls().to_list())
-
-
-def _numbered(series: Column) -> Array:
-    known = series.is_not_null().to_numpy()
-    return np.where(known, np.cumsum(known) - 1, -1)
 
 
 def _digest(columns: Columns) -> str:
