@@ -14,7 +14,7 @@ STAMP := $(VENV)/.ready
 .PHONY: demo test check clean setup engines calibrate accuracy bench bench-quick
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml Makefile hatch_build.py include/driftprobe.h src/driftprobe/_core.c
+$(STAMP): pyproject.toml Makefile hatch_build.py include/driftprobe.h src/driftprobe/_core.c src/driftprobe/_scan.c
 	@echo "setting up $(VENV) (once; a minute or two)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: driftprobe needs Python 3.10 or later; call make with PYTHON=python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)

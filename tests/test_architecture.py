@@ -27,8 +27,10 @@ LADDER = (
     {"fingerprint"},
     {"trace_checks"},
     {"trace"},
-    {"plan", "payload", "boundaries"},
-    {"load", "compare"},
+    {"plan", "payload", "boundaries", "columns"},
+    {"compare", "scan"},
+    {"packed"},
+    {"load"},
     {"floor", "validate"},
     {"local"},
     {"matched"},
@@ -36,6 +38,8 @@ LADDER = (
     {"gates", "rows", "row_causes", "impact", "climb", "scores"},
     {"ties"},
     {"verdict", "scene"},
+    {"thin"},
+    {"quick"},
     {"hypotheses"},
     {"explain"},
     {"diagnose"},
@@ -46,10 +50,10 @@ LADDER = (
 """Lowest first: a module imports from its own step downwards. Modules that stand nowhere are checked one by one."""
 STEP = {name: step for step, names in enumerate(LADDER) for name in names}
 MIDDLE = ("compare", "floor", "local", "matched", "judgement", "gates", "rows", "row_causes", "impact", "climb",
-          "scores", "ties", "verdict", "scene", "hypotheses", "explain", "diagnose", "snapshot", "difference",
-          "report")  # fmt: skip
+          "scores", "ties", "verdict", "scene", "columns", "thin", "hypotheses", "explain", "diagnose", "snapshot",
+          "difference", "report")  # fmt: skip
 JUDGEMENT = tuple(name for name in MIDDLE if name != "report")
-THIRD_PARTY = {"numpy", "ml_dtypes", "xxhash", "msgspec", "safetensors", "jinja2", "markupsafe"}
+THIRD_PARTY = {"numpy", "ml_dtypes", "xxhash", "msgspec", "safetensors", "jinja2", "markupsafe", "polars"}
 """What analysis may stand on; torch and transformers are an engine's own."""
 
 

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from driftprobe.errors import OutputError, TraceError, UsageError
+from driftprobe.load import header_of, trace_files
 from driftprobe.payload import FOLDER
 from driftprobe.report import REPORTS
-from driftprobe.trace import Header, read_header
+from driftprobe.trace import Header
 
 _OURS = (
     re.compile(r"run/[^/]+\.log"),
     re.compile(r"SELF_TEST\.md|self_test\.json"),
-    re.compile(r"traces/[^/]+\.jsonl"),
+    re.compile(r"traces/[^/]+\.(jsonl|parquet)"),
     re.compile(rf"traces/{FOLDER}/[^/]+\.(safetensors|part)"),
 )
 _PATH_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -86,13 +87,18 @@ def check_comparison_place(root: Path, sides: Iterable[Path]) -> None:
                     "the comparison would overwrite what it compares", where=str(root), measured=f"overlaps {side}",
                     allowed="a folder beside both sides", next_step="choose another --name or --out",
                 )  # fmt: skip
-    for path in sorted((root / "traces").glob("*.jsonl")):
-        header = read_header(path)
+    for path in _traces(root):
+        header = header_of(path)
         if header is None or not {"reference", "candidate"} <= set(header.labels):
             raise OutputError(
                 "the output folder holds a run", where=str(root), measured=path.name,
                 allowed="nothing yet, or an earlier comparison", next_step="choose another --name or --out",
             )  # fmt: skip
+
+
+def _traces(root: Path) -> list[Path]:
+    folder = root / "traces"
+    return trace_files(folder) if folder.is_dir() else []
 
 
 def stage_of(root: Path) -> Path:
@@ -138,7 +144,7 @@ def keep_other_modes(root: Path, stage: Layout, headers: Iterable[Header]) -> li
     if not new or not (root / "traces").is_dir():
         return []
     kept = []
-    old = [(path, header) for path in sorted((root / "traces").glob("*.jsonl")) if (header := read_header(path))]
+    old = [(path, header) for path in _traces(root) if (header := header_of(path))]
     for path, header in old:
         prompts = [_prompt(h) for _, h in old if h.mode == header.mode]
         twin = next((h for h in new if h.rung == header.rung), new[0])
@@ -160,7 +166,7 @@ def keep_other_modes(root: Path, stage: Layout, headers: Iterable[Header]) -> li
 
 def copy_run(traces: Path, stage: Layout) -> None:
     """Copy traces, their payloads and run logs into a staging folder; whatever else stands beside them stays there."""
-    sources = [(path, stage.traces / path.name) for path in traces.glob("*.jsonl")]
+    sources = [(path, stage.traces / path.name) for path in trace_files(traces)]
     sources += [(path, stage.traces / FOLDER / path.name) for path in (traces / FOLDER).glob("*.safetensors")]
     sources += [(path, stage.logs / path.name) for path in (traces.parent / "run").glob("*.log")]
     with written(stage.root):

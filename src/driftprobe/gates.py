@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from driftprobe.compare import SCORES, Pair, Pairing
 from driftprobe.fingerprint import UNIT_ROUNDOFF
 from driftprobe.floor import UNKNOWN_DTYPE, Controls, Floors, innocent
-from driftprobe.judgement import Cell, Determinism, Gate, Status
+from driftprobe.judgement import Cell, Determinism, Gate, LeftOut, Seen, Status
 from driftprobe.taps import BY_NAME, CACHE_TAPS, PATHS, STATE_TAPS, execution_order, place
-from driftprobe.trace import CANNOT_PASS, FAILED, OTHER_TOKEN, Event, Record, Trace
+from driftprobe.trace import CANNOT_PASS, FAILED, OTHER_TOKEN, Event, Header, Record, Trace
 
 SHOWN = 3
 """How many culprits a gate names before it counts the rest."""
@@ -31,6 +31,12 @@ class Evidence:
     controls: Controls
     floors: Floors
     cells: tuple[Cell, ...]
+    left_out: LeftOut | None = None
+
+    @property
+    def seen(self) -> Seen:
+        """What every arm recorded in every step."""
+        return seen_of(self.trace) if self.left_out is None else self.left_out.seen
 
     @property
     def unpaired(self) -> tuple[Record, ...]:
@@ -56,8 +62,8 @@ def pass_gates(evidence: Evidence) -> tuple[Gate, ...]:
         _same_token(evidence),
         _embed(evidence),
         _deterministic(evidence),
-        _fired(evidence.trace),
-        _read_back(evidence.trace),
+        _fired(evidence.trace.header, evidence.seen),
+        _read_back(evidence.trace, evidence.seen),
         _finite(evidence.cells),
         _plausible(evidence.cells),
     )
@@ -90,6 +96,7 @@ def _compared(evidence: Evidence) -> Gate:
     Where a comparison says why it cannot pass, a failure in what was compared counts all the same.
     """
     count = sum(pair.reference.tensor != "embed" for pair in evidence.decode.matched)
+    count += 0 if evidence.left_out is None else evidence.left_out.pairs - evidence.left_out.embeds
     doubts = [_doubt(event) for event in evidence.trace.events if event.event.startswith(CANNOT_PASS)]
     if not count:
         return Gate("compared", False, _listed(["nothing was compared", *doubts]))
@@ -164,23 +171,30 @@ def _deterministic(evidence: Evidence) -> Gate:
     return Gate("deterministic", True, f"{detail}, within rounding; it joins the floor")
 
 
-def _fired(trace: Trace) -> Gate:
-    header = trace.header
+def seen_of(trace: Trace) -> Seen:
+    """Return what every arm of a trace recorded in every step."""
+    found: dict[tuple[str, str, int], set[tuple[int | None, str]]] = {}
+    for record in trace.records:
+        found.setdefault((record.arm, record.phase, record.step), set()).add((record.layer, record.tensor))
+    return {key: frozenset(places) for key, places in found.items()}
+
+
+def _fired(header: Header, seen: Seen) -> Gate:
     if not header.reads or not header.taps:
         return Gate("fired", True, "the trace names no plan to hold it to")
-    seen = {(r.arm, r.phase, r.step, r.layer, r.tensor) for r in trace.records}
-    missing = [
-        f"{place(layer, tensor)} in arm {read.arm} step {read.step}"
-        for read in header.reads
-        for tensor, layers in header.taps.items()
-        if not (tensor in STATE_TAPS and read.phase == "prefill_ext")  # a state is of the call's last token alone
-        for layer in (layers or (None,))
-        if (read.arm, read.phase, read.step, layer, tensor) not in seen
-    ]
+    promised = [(layer, tensor) for tensor, layers in header.taps.items() for layer in (layers or (None,))]
+    whole = frozenset(promised)
+    fixed = frozenset(at for at in promised if at[1] not in STATE_TAPS)  # a state is of the call's last token alone
+    missing = []
+    for read in header.reads:
+        wanted, here = fixed if read.phase == "prefill_ext" else whole, seen.get((read.arm, read.phase, read.step))
+        if here is None or not here >= wanted:
+            gaps = [at for at in promised if at in wanted and at not in (here or ())]
+            missing += [f"{place(*at)} in arm {read.arm} step {read.step}" for at in gaps]
     return Gate("fired", not missing, _listed(missing) or "every planned tap was seen in every arm")
 
 
-def _read_back(trace: Trace) -> Gate:
+def _read_back(trace: Trace, seen: Seen) -> Gate:
     """Every step of arm A needs an event that counts rows or states, none of them different."""
     checks = [event for event in trace.events if event.event == "cache_readback"]
     bad = [
@@ -190,7 +204,7 @@ def _read_back(trace: Trace) -> Gate:
     ]
     done = {(e.arm, e.step) for e in checks if _put_in(e) > 0 and "different" in e.measured}
     aligned = {(read.arm, read.step) for read in trace.header.reads if read.arm == "A"}
-    aligned |= {(record.arm, record.step) for record in trace.records if record.arm == "A"}
+    aligned |= {(arm, step) for arm, _, step in seen if arm == "A"}
     unchecked = [f"arm {arm} step {step} was not read back" for arm, step in sorted(aligned - done)]
     counts = {word: sum(e.measured.get(word, 0) for e in checks) for word in ("rows", "states")}
     counted = " and ".join(f"{count} aligned cache {word}" for word, count in counts.items() if count)

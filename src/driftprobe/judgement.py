@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from enum import Enum
 
 from driftprobe.causes import Parameters
@@ -157,6 +158,52 @@ class Attention:
     post_softmax_decode: Range | None
     recomputed: bool
     """Whether scores were rebuilt from captured q and k because a fused kernel hides them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What a range is made of: extremes, and the sum of all finite elements with their number."""
+
+    low: float = math.inf
+    high: float = -math.inf
+    total: float = 0.0
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSums:
+    """The statistics of scores and probabilities in one trace."""
+
+    sums: dict[tuple[str, str], Sums] = field(default_factory=dict)
+    """(tensor, arm P or D) -> its sums."""
+    recomputed: bool = False
+
+
+Seen = dict[tuple[str, str, int], frozenset[tuple[int | None, str]]]
+"""(arm, phase, step) -> layer and tensor of every record."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """What pairs add to a judgement that others answered for: none drifts more than one judged at its tap."""
+
+    passed: int
+    """Pairs of P and D, each within its limit."""
+    unknown: int
+    """Pairs of P and D that differ by an amount that cannot be told."""
+    embeds: int
+    """Of both, pairs of `embed`."""
+    seen: Seen
+    """Of the whole trace."""
+    cache_rows: dict[str, tuple[int, int]]
+    """Cache tap -> its rows that are equal, and that were compared."""
+    attention: AttentionSums
+    """Of the whole trace."""
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs of P and D these are."""
+        return self.passed + self.unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,6 +430,9 @@ class TraceJudgement:
     """What matched filters found in decode under the floor."""
     flips: tuple[TieFlip, ...] = ()
     """Near ties between experts that decode settled otherwise; behind them arm T was compared, with routing aligned."""
+    attention: AttentionSums = AttentionSums()
+    left_out: LeftOut | None = None
+    """Pairs that others of `cells` answered for, where the trace was thinned; they are not in `cells`."""
     ladder: Ladder | None = None
     """The same prompt and mode at a higher precision, where it was run."""
 
@@ -422,9 +472,16 @@ class ModeJudgement:
         """Every decode cell of every prompt."""
         return tuple(cell for prompt in self.prompts for cell in prompt.cells)
 
+    @property
+    def pairs(self) -> int:
+        """How many pairs of P and D were judged, by themselves or by one that answers for them."""
+        return len(self.cells) + sum(item.left_out.pairs for item in self.prompts if item.left_out is not None)
+
     def count(self, status: Status) -> int:
-        """Return how many decode cells have a status."""
-        return sum(cell.status is status for cell in self.cells)
+        """Return how many pairs of P and D have a status."""
+        left_out = [item.left_out for item in self.prompts if item.left_out is not None]
+        more = {Status.PASS: sum(x.passed for x in left_out), Status.UNKNOWN: sum(x.unknown for x in left_out)}
+        return sum(cell.status is status for cell in self.cells) + more.get(status, 0)
 
     @property
     def unpaired(self) -> int:

@@ -6,8 +6,9 @@ little else (docs/trace-format.md, section "Strangers' traces"). Its files becom
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import msgspec
 
 from driftprobe.errors import TraceError
+from driftprobe.packed import ENDING, read_packed
 from driftprobe.taps import BY_NAME, Scope
-from driftprobe.trace import EngineFacts, Header, Problem, Record, Trace, lines, scan, too_long
+from driftprobe.trace import EngineFacts, Header, Lines, Problem, Record, Trace, lines, read_header, scan, too_long
 from driftprobe.trace_checks import json_object, name_fault, statistic_faults
 
 DEFAULT_MODE = "as_designed"
@@ -43,28 +45,34 @@ class Survey:
     files: tuple[str, ...]
 
 
-def load_traces(folder: Path, mode: str | None = None) -> tuple[Trace, ...]:
+Settle = Callable[[Path], "Trace | None"]
+"""Judges a trace of ours by other means and returns it without records; None where it is to be read."""
+ENDINGS = (".jsonl", ENDING)
+"""How a trace's file ends: lines as they are, or packed."""
+
+
+def load_traces(folder: Path, mode: str | None = None, settle: Settle | None = None) -> tuple[Trace, ...]:
     """Return all traces of a folder (or of its `traces`), sorted by mode and prompt.
 
     `mode` is the mode of strangers' traces, which do not say theirs; by default the folder's or file's name
     says `kv_aligned`, or it is `as_designed`. Raises TraceError for the first thing that breaks the format.
     """
-    found = survey(folder, mode)
+    found = survey(folder, mode, settle)
     for problem in found.problems:
         raise problem.as_error()
     return tuple(entry.trace for entry in found.loaded)
 
 
-def survey(folder: Path, mode: str | None = None) -> Survey:
+def survey(folder: Path, mode: str | None = None, settle: Settle | None = None) -> Survey:
     """Read every trace of a folder and collect what is wrong; raises TraceError where nothing can be read."""
     where = traces_folder(folder)
     loaded: list[Loaded] = []
     loose: list[_Loose] = []
     problems: list[Problem] = []
     names = []
-    for path in _trace_files(where):
+    for path in trace_files(where):
         names.append(path.name)
-        found = _read(path, folder, mode or _mode_of(path))
+        found = _read(path, folder, mode or _mode_of(path), settle)
         problems += found.problems
         loaded += found.loaded
         loose += found.loose
@@ -85,15 +93,16 @@ def traces_folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise _no_traces("no such folder", folder, "a file" if folder.exists() else "nothing there")
     for place in (folder / "traces", folder):
-        if place.is_dir() and _trace_files(place):
+        if place.is_dir() and trace_files(place):
             return place
     entries = len(list(folder.iterdir()))
-    raise _no_traces("no trace in the folder", folder, f"{entries} entries, no *.jsonl file")
+    raise _no_traces("no trace in the folder", folder, f"{entries} entries, no *.jsonl or *{ENDING} file")
 
 
-def _trace_files(folder: Path) -> list[Path]:
+def trace_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that are traces by their names, sorted. Raises TraceError where it is not listed."""
     try:
-        return sorted(path for path in folder.iterdir() if path.suffix == ".jsonl")
+        return sorted(path for path in folder.iterdir() if path.suffix in ENDINGS)
     except OSError as error:
         raise _no_traces("the folder cannot be listed", folder, error.strerror or str(error)) from error
 
@@ -101,7 +110,7 @@ def _trace_files(folder: Path) -> list[Path]:
 def _no_traces(what: str, folder: Path, measured: str) -> TraceError:
     return TraceError(
         what, where=str(folder), measured=measured,
-        allowed="a folder of *.jsonl traces, or one with such a `traces`",
+        allowed=f"a folder of *.jsonl or *{ENDING} traces, or one with such a `traces`",
         next_step="check the path; `driftprobe run --out DIR` writes traces",
     )  # fmt: skip
 
@@ -126,20 +135,53 @@ class _File:
     loose: tuple[_Loose, ...] = ()
 
 
-def _read(path: Path, root: Path, mode: str) -> _File:
+def _read(path: Path, root: Path, mode: str, settle: Settle | None) -> _File:
     try:
         if not path.resolve().is_relative_to(root.resolve()):
             return _File((_whole(path, "the file leads out of the folder", "a link to another place",
                                  "files inside the folder", "copy the file into the folder"),))  # fmt: skip
         if not path.is_file():
             return _File((_whole(path, "not a file", "a folder or device", "a file", "move it elsewhere"),))
-        foreign = _is_foreign(path)
-        if foreign is None:
-            return _File((_nothing(path),))
-        return _read_foreign(path, mode) if foreign else _read_ours(path)
+        settled = settle(path) if settle is not None else None
+        if settled is not None:
+            return _File(loaded=(Loaded(settled, ()),))
+        return _read_lines(path, mode)
+    except TraceError as error:
+        return _File((_whole(path, error.what, error.measured, error.allowed, error.next_step),))
     except (OSError, RuntimeError) as error:  # RuntimeError: resolve() on a loop of links, before Python 3.13
         return _File((_whole(path, "the file cannot be read", str(error), "a readable file",
                              "check its permissions"),))  # fmt: skip
+
+
+def _read_lines(path: Path, mode: str) -> _File:
+    content = lines_of(path)
+    foreign = _is_foreign(content())
+    if foreign is None:
+        return _File((_nothing(path),))
+    return _read_foreign(path, content(), mode) if foreign else _read_ours(path, content())
+
+
+def lines_of(path: Path) -> Callable[[], Lines]:
+    """Return what gives the lines of a trace's file, as often as it is asked. Raises TraceError for a damaged pack."""
+    if path.suffix != ENDING:
+        return lambda: lines(path)
+    return read_packed(path).lines
+
+
+def header_of(path: Path) -> Header | None:
+    """Return the header of a trace's file, or None where it has none. Raises TraceError for a damaged pack."""
+    if path.suffix != ENDING:
+        return read_header(path)
+    return scan(path, itertools.islice(lines_of(path)(), 1)).header
+
+
+def read_whole(folder: Path, trace: Trace) -> Trace:
+    """Return a trace of a folder with all its records. Raises TraceError for anything that breaks the format."""
+    path = next(path for path in trace_files(folder) if path.with_suffix(".jsonl").name == trace.path)
+    found = _read_lines(path, trace.header.mode)
+    for problem in found.problems:
+        raise problem.as_error()
+    return found.loaded[0].trace
 
 
 def _whole(path: Path, what: str, measured: str, allowed: str, mend: str) -> Problem:
@@ -151,10 +193,10 @@ def _nothing(path: Path) -> Problem:
                   "one record or more", "remove the file, or run again")  # fmt: skip
 
 
-def _is_foreign(path: Path) -> bool | None:
+def _is_foreign(content: Lines) -> bool | None:
     """Tell a stranger's trace by its first JSON object: it has no `type`. None where the file is blank."""
     seen = None
-    for _, raw in lines(path):
+    for _, raw in content:
         if raw is None:
             return False
         if not raw.strip():
@@ -167,9 +209,9 @@ def _is_foreign(path: Path) -> bool | None:
     return seen
 
 
-def _read_ours(path: Path) -> _File:
-    found = scan(path)
-    trace = found.trace(path.name)
+def _read_ours(path: Path, content: Lines) -> _File:
+    found = scan(path, content)
+    trace = found.trace(path.with_suffix(".jsonl").name)  # a packed trace keeps its name: reports are the same
     if trace is None:
         return _File(tuple(found.problems))
     if not trace.records and not trace.damage and not found.problems:
@@ -178,10 +220,10 @@ def _read_ours(path: Path) -> _File:
     return _File(tuple(found.problems), (Loaded(trace, places),))
 
 
-def _read_foreign(path: Path, mode: str) -> _File:
+def _read_foreign(path: Path, content: Lines, mode: str) -> _File:
     problems: list[Problem] = []
     loose: list[_Loose] = []
-    for number, raw in lines(path):
+    for number, raw in content:
         if raw is None:
             problems.append(too_long(path.name, number))
             break

@@ -24,7 +24,7 @@ MAX_MATCHED_ROWS = 4096
 
 _Known = dict[tuple[str, int, int], dict[str, set[int]]]
 """(tensor, layer, step) -> row hash -> positions where some prefill arm has it."""
-_WHOLE_PREFILLS = frozenset({"prefill_last", "prefill_ext"})
+WHOLE_PREFILLS = frozenset({"prefill_last", "prefill_ext"})
 """A prefill in chunks leans on the cache between its calls, as decode does: a wrong cache is wrong in its rows too."""
 
 
@@ -43,9 +43,17 @@ def check_rows(trace: Trace, cells: Sequence[Cell], payloads: PayloadSource) -> 
     )
 
 
-def kv_indicators(rows: Iterable[RowCheck], cells: Iterable[Cell]) -> KvIndicators:
-    """Return the three indicators of the seed report over all rows of a mode."""
+def kv_indicators(
+    rows: Iterable[RowCheck], cells: Iterable[Cell], more: Iterable[tuple[str, int, int]] = ()
+) -> KvIndicators:
+    """Return the three indicators of the seed report over all rows of a mode.
+
+    `more` are tensor, equal rows and compared rows of cells that others answered for.
+    """
     counts = {"k_cache": [0, 0], "v_cache": [0, 0]}
+    for tensor, equal, compared in more:
+        counts[tensor][0] += equal
+        counts[tensor][1] += compared
     for check in rows:
         counts[check.tensor][0] += check.equal
         counts[check.tensor][1] += check.compared
@@ -92,7 +100,7 @@ def zero_row_hash(record: Record) -> str | None:
 def _known_rows(records: Iterable[Record]) -> _Known:
     known: _Known = defaultdict(lambda: defaultdict(set))
     for record in records:
-        if record.phase in _WHOLE_PREFILLS and record.rows and record.layer is not None:
+        if record.phase in WHOLE_PREFILLS and record.rows and record.layer is not None:
             for position, row in rows_by_position(record).items():
                 known[(record.tensor, record.layer, record.step)][row].add(position)
     return known

@@ -224,7 +224,7 @@ class TraceWriter:
     def __init__(self, path: Path, header: Header) -> None:
         self.path = path
         self._lines = 0
-        self._checks = _Checks(path.name)
+        self._checks = Checks(path.name)
         first = self._checked("header", header)
         with _Writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -257,8 +257,7 @@ class TraceWriter:
             self._write(b"".join(whole))
 
     def _checked(self, kind: str, item: Item) -> bytes:
-        size = None if self._checks.header is None else self._checks.header.sketch_size
-        return self._taken(Line(item, encode_line(kind, item), faults_of(item, size)))
+        return self._taken(Line(item, encode_line(kind, item), self._checks.own_faults(item)))
 
     def _taken(self, line: Line) -> bytes:
         self._lines += 1
@@ -344,9 +343,14 @@ class Scan:
     problems: list[Problem] = field(default_factory=list)
     damage: str = ""
 
+    @property
+    def header(self) -> Header | None:
+        """The header; None where no line is one."""
+        return next((item for _, item in self.items if isinstance(item, Header)), None)
+
     def trace(self, name: str) -> Trace | None:
         """Return what was understood as a trace; None where no line is a header."""
-        header = next((item for _, item in self.items if isinstance(item, Header)), None)
+        header = self.header
         if header is None:
             return None
         records = tuple(item for _, item in self.items if isinstance(item, Record))
@@ -354,10 +358,17 @@ class Scan:
         return Trace(header, records, events, name, self.damage)
 
 
-def scan(path: Path) -> Scan:
-    """Read a file line by line and check every MUST that one file can show. Never raises for its content."""
-    found, checks = Scan(), _Checks(path.name)
-    for number, raw in lines(path):
+Lines = Iterable[tuple[int, "bytes | None"]]
+"""Lines with their numbers, as `lines` yields them."""
+
+
+def scan(path: Path, content: Lines | None = None) -> Scan:
+    """Read a file line by line and check every MUST that one file can show. Never raises for its content.
+
+    `content` are its lines, where they do not stand in it as they are (packed.py).
+    """
+    found, checks = Scan(), Checks(path.name)
+    for number, raw in lines(path) if content is None else content:
         if raw is None:
             found.problems.append(too_long(path.name, number))
             return found
@@ -369,8 +380,7 @@ def scan(path: Path) -> Scan:
             found.problems.append(item)
             checks.unread = True
             continue
-        size = checks.header.sketch_size if checks.header else None
-        found.problems += checks.item(number, raw, item, faults_of(item, size))
+        found.problems += checks.item(number, raw, item, checks.own_faults(item))
         found.items.append((number, item))
     if not found.damage and checks.header is not None and not checks.footer_seen:
         found.damage = f"no footer after line {found.items[-1][0]}: the writer did not finish"
@@ -410,7 +420,7 @@ def too_long(name: str, number: int) -> Problem:
                    "write one record a line")  # fmt: skip
 
 
-class _Checks:
+class Checks:
     """The MUSTs of one file, checked as its lines go by."""
 
     def __init__(self, name: str) -> None:
@@ -442,6 +452,10 @@ class _Checks:
             return self.problem(number, f"{kind} does not fit the schema", str(error),
                                 "the fields and types of docs/trace-format.md", "correct the field named")  # fmt: skip
 
+    def own_faults(self, item: Item) -> list[Fault]:
+        """Return what is wrong with an item by itself, in a trace of this header."""
+        return faults_of(item, None if self.header is None else self.header.sketch_size)
+
     def item(self, number: int, raw: bytes, item: Item, faults: list[Fault]) -> list[Problem]:
         """Check an understood line, whose own faults are known, against the lines before it, and take it in."""
         if self.footer_seen:
@@ -460,6 +474,11 @@ class _Checks:
         found += [self.problem(number, *parts) for parts in faults]
         self._digest.update(raw)
         return found
+
+    def take_in(self, raw: memoryview, records: int) -> None:
+        """Count lines that hold only records, and were checked elsewhere (`columns.breaks_a_must`)."""
+        self._counts[Record] += records
+        self._digest.update(raw)
 
     def footer(self) -> Footer:
         """Return the footer that fits the lines taken in so far."""
@@ -494,5 +513,5 @@ def read_header(path: Path) -> Header | None:
     first = next(iter(lines(path)), (1, None))[1]
     if first is None:
         return None
-    item = _Checks(path.name).parse(1, first)
+    item = Checks(path.name).parse(1, first)
     return item if isinstance(item, Header) else None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from driftprobe.climb import climb, in_words
-from driftprobe.compare import Drift, Pair, Pairing, PayloadSource, pair
+from driftprobe.compare import SCORES, Drift, Pair, Pairing, PayloadSource, pair
 from driftprobe.floor import (
     LIMIT,
     Controls,
@@ -24,15 +24,18 @@ from driftprobe.gates import Evidence, measure_determinism, pass_gates
 from driftprobe.impact import measure_impact, worst_impact
 from driftprobe.judgement import (
     Attention,
+    AttentionSums,
     Cell,
     Failure,
     Gate,
     Judgement,
+    LeftOut,
     Limits,
     ModeJudgement,
     Range,
     Reading,
     Status,
+    Sums,
     TraceJudgement,
     Verdict,
 )
@@ -50,13 +53,16 @@ _COMPARED = ("P", "D", "A", "T")
 MODES = ("as_designed", "kv_aligned")
 
 
-def judge(traces: Sequence[Trace], payloads: PayloadSource) -> Judgement:
+Ready = Mapping[str, TraceJudgement]
+"""Judgements of traces that were judged before (`judge_thinned`), by the name of their file."""
+
+
+def judge(traces: Sequence[Trace], payloads: PayloadSource, ready: Ready | None = None) -> Judgement:
     """Return the judgement of all traces of a folder: MISMATCH before N/A before STRUCTURAL_DRIFT before NO_DRIFT."""
-    base = base_traces(traces)
-    judged = [_climbed(trace, traces, payloads) for trace in base]
+    judged = [_climbed(trace, traces, payloads, ready or {}) for trace in base_traces(traces)]
     names = [m for m in MODES if any(j.mode == m for j in judged)]
     names += sorted({j.mode for j in judged} - set(MODES))
-    modes = {name: _judge_mode(name, [j for j in judged if j.mode == name], base) for name in names}
+    modes = {name: _judge_mode(name, [j for j in judged if j.mode == name]) for name in names}
     verdict = _worst(mode.verdict for mode in modes.values())
     deciding = next((m for m in reversed(modes.values()) if m.verdict is verdict), None)
     return Judgement(
@@ -74,40 +80,99 @@ def base_traces(traces: Sequence[Trace]) -> tuple[Trace, ...]:
     return tuple(t for t in traces if not t.header.rung or (t.header.mode, t.header.prompt) not in own)
 
 
-def _climbed(trace: Trace, traces: Sequence[Trace], payloads: PayloadSource) -> TraceJudgement:
+def _climbed(trace: Trace, traces: Sequence[Trace], payloads: PayloadSource, ready: Ready) -> TraceJudgement:
     """Return the judgement of one prompt in one mode, with the rung of the ladder that belongs to it."""
-    judged, mine = judge_trace(trace, payloads), (trace.header.mode, trace.header.prompt)
+    judged = ready.get(trace.path) or judge_trace(trace, payloads)
+    mine = (trace.header.mode, trace.header.prompt)
     rung = next(
         (t for t in traces if t.header.rung and t is not trace and (t.header.mode, t.header.prompt) == mine), None
     )
     if rung is None:
         return judged
     took = next((e.measured.get("milliseconds") for e in rung.events if e.event == COST), None)
-    return climb(judged, judge_trace(rung, payloads), rung.header.rung, None if took is None else took / 1000)
+    above = ready.get(rung.path) or judge_trace(rung, payloads)
+    return climb(judged, above, rung.header.rung, None if took is None else took / 1000)
 
 
 def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
     """Return the judgement of one prompt in one mode."""
-    decode, aligned = pair(trace, "P", "D", payloads), _aligned(trace, payloads)
     controls = _controls(trace, payloads)
-    pairs = (*decode.matched, *aligned.matched)
-    alone = _guilty(trace, controls, payloads)
-    bounds = measure_floors(trace.header, pairs, controls, frozenset(alone)).bounds
-    controls = without_flips(controls, bounds, payloads)
-    controls = without_shifts(controls, measure_floors(trace.header, pairs, controls, frozenset(alone)))
-    floors = measure_floors(trace.header, pairs, controls, frozenset(alone))
     forced = pair(trace, "P", "T", payloads).matched if any(r.arm == "T" for r in trace.records) else ()
+    return _judged(_weigh(Pairs(trace, pair(trace, "P", "D", payloads), _aligned(trace, payloads), controls, forced),
+                          payloads), payloads)  # fmt: skip
+
+
+def judge_thinned(pairs: Pairs, payloads: PayloadSource) -> TraceJudgement | None:
+    """Return the judgement of a trace from the pairs that answer for it; None where all of it has to be looked at.
+
+    That is where anything fails, a gate is shut, a tie flips, or a control is not fully explained: those rules look at
+    other pairs than the one that drifts most.
+    """
+    weighed = _weigh(pairs, payloads)
+    controls = [item for found in weighed.controls.values() for item in found]
+    as_found = sum(map(len, pairs.controls.values()))
+    if len(controls) != as_found or not all(innocent(item, weighed.floors) for item in controls):
+        return None
+    judged = _judged(weighed, payloads)
+    cells = (*judged.cells, *judged.aligned_cells)
+    quiet = all(gate.passed for gate in judged.gates) and not judged.failures and not judged.flips
+    small = all(cell.drift.value is None or cell.drift.value <= cell.floor.limit for cell in cells)
+    return judged if quiet and small and judged.reading is not Reading.HARNESS else None
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """The pairs of every arm of a trace: all of them, or those that answer for the others."""
+
+    trace: Trace
+    decode: Pairing
+    aligned: Pairing
+    controls: Controls
+    forced: tuple[Pair, ...] = ()
+    left_out: LeftOut | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Weighed:
+    """Pairs with the floors that they set: `controls` without what a tie flip or a shift explains."""
+
+    pairs: Pairs
+    controls: Controls
+    floors: Floors
+    alone: dict[str, list[_Guilt]]
+
+
+def _weigh(pairs: Pairs, payloads: PayloadSource) -> _Weighed:
+    header, controls = pairs.trace.header, pairs.controls
+    both = (*pairs.decode.matched, *pairs.aligned.matched)
+    alone = _guilty(pairs.trace, controls, payloads)
+    floors = measure_floors(header, both, controls, frozenset(alone))
+    before, controls = controls, without_flips(controls, floors.bounds, payloads)
+    floors = floors if _same(before, controls) else measure_floors(header, both, controls, frozenset(alone))
+    before, controls = controls, without_shifts(controls, floors)
+    floors = floors if _same(before, controls) else measure_floors(header, both, controls, frozenset(alone))
+    return _Weighed(pairs, controls, floors, alone)
+
+
+def _same(before: Controls, after: Controls) -> bool:
+    """Whether no pair was taken out of any control."""
+    return all(len(before[arm]) == len(pairs) for arm, pairs in after.items())
+
+
+def _judged(weighed: _Weighed, payloads: PayloadSource) -> TraceJudgement:
+    pairs, floors, controls = weighed.pairs, weighed.floors, weighed.controls
+    trace, left_out = pairs.trace, pairs.left_out
     rounds = not trace.header.rung or bool(trace.header.engine.casts)  # at a rung without casts no near tie flips
-    settled = settle(decode.matched, forced, floors.by_place, payloads, earlier=rounds)
-    behind = settle(aligned.matched, (), floors.by_place, payloads)
+    settled = settle(pairs.decode.matched, pairs.forced, floors.by_place, payloads, earlier=rounds)
+    behind = settle(pairs.aligned.matched, (), floors.by_place, payloads)
     cells, aligned_cells = (pass_shifts(_cells(found.pairs, floors, trace, payloads)) for found in (settled, behind))
     strangers = tuple(r for r in trace.records if r.arm not in (*_COMPARED, CONSTANTS) and not is_control(r.arm))
-    evidence = Evidence(trace, decode, aligned, strangers, controls, floors, cells)
+    evidence = Evidence(trace, pairs.decode, pairs.aligned, strangers, controls, floors, cells, left_out)
     gates = pass_gates(evidence)
-    failures = _failures(cells, controls, floors, alone, ties=rounds)
+    failures = _failures(cells, controls, floors, weighed.alone, ties=rounds)
     shut = any(not gate.passed for gate in gates)
     reading = Reading.NONE if shut else _reading(cells, aligned_cells)
-    verdict, reason = _decide(gates, cells, failures, reading, settled)
+    verdict, reason = _decide(gates, cells, failures, reading, settled, left_out)
     return TraceJudgement(
         mode=trace.header.mode,
         prompt=trace.header.prompt,
@@ -131,6 +196,8 @@ def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
         file=trace.path,
         flips=settled.flips,
         matches=tuple(cell.match for cell in cells if cell.match is not None),
+        attention=_attention_sums(trace) if left_out is None else left_out.attention,
+        left_out=left_out,
     )
 
 
@@ -312,7 +379,12 @@ def _fails(cells: Sequence[Cell]) -> bool | None:
 
 
 def _decide(
-    gates: Sequence[Gate], cells: Sequence[Cell], failures: Sequence[Failure], reading: Reading, settled: Settled
+    gates: Sequence[Gate],
+    cells: Sequence[Cell],
+    failures: Sequence[Failure],
+    reading: Reading,
+    settled: Settled,
+    left_out: LeftOut | None,
 ) -> tuple[Verdict, str]:
     shut = next((gate for gate in gates if not gate.passed), None)
     if shut is not None:
@@ -322,9 +394,12 @@ def _decide(
     if reading is Reading.HARNESS:
         return Verdict.NOT_AVAILABLE, reading.words
     unknown = [cell for cell in cells if cell.status is Status.UNKNOWN]
+    count, untold = len(cells), len(unknown)
+    if left_out is not None:
+        count, untold = count + left_out.pairs, untold + left_out.unknown
     if unknown:
         return Verdict.NOT_AVAILABLE, (
-            f"{len(unknown)} of {len(cells)} pairs differ by an amount that the trace cannot tell "
+            f"{untold} of {count} pairs differ by an amount that the trace cannot tell "
             f"(first {place(unknown[0].layer, unknown[0].tensor)}); hashes show that, sketches would show how much"
         )
     if settled.flips:
@@ -337,7 +412,7 @@ def _decide(
             )
         return Verdict.STRUCTURAL_DRIFT, f"{words}; with routing aligned every drift is within {LIMIT:g} × its floor"
     if all(cell.drift.equal for cell in cells):
-        return Verdict.NO_DRIFT, f"all {len(cells)} pairs are bit for bit equal"
+        return Verdict.NO_DRIFT, f"all {count} pairs are bit for bit equal"
     largest = max(cells, key=lambda cell: cell.excess or 0.0)
     return Verdict.STRUCTURAL_DRIFT, (
         f"largest excess {largest.excess:.2g} × floor, at {place(largest.layer, largest.tensor)}; limit {LIMIT:g}"
@@ -345,10 +420,14 @@ def _decide(
 
 
 def _limits(cells: Sequence[Cell]) -> Limits | None:
-    """Return the limits over the taps whose drift could have been sized; hashes and norms alone size none."""
+    """Return the limits over the taps whose drift could have been sized; hashes and norms alone size none.
+
+    Of equal floors the first tap in order of execution is named, whatever its step: a floor has none.
+    """
     judged = [cell for cell in cells if cell.tensor != "embed" and cell.reference.sketch and cell.candidate.sketch]
     if not judged:
         return None
+    judged.sort(key=lambda cell: execution_order(cell.layer, cell.tensor, cell.reference.order))
     low, high = (f(judged, key=lambda cell: cell.floor.value) for f in (min, max))
     return Limits(low.floor.limit, _at(low), high.floor.limit, _at(high))
 
@@ -371,7 +450,7 @@ def _largest(controls: Controls) -> dict[str, float]:
     return {arm: max(drifts) for arm, drifts in found.items() if drifts}
 
 
-def _judge_mode(name: str, judged: Sequence[TraceJudgement], traces: Sequence[Trace]) -> ModeJudgement:
+def _judge_mode(name: str, judged: Sequence[TraceJudgement]) -> ModeJudgement:
     verdict = _worst(item.verdict for item in judged)
     deciding = [item for item in judged if item.verdict is verdict]
     first = _first_of(judged)
@@ -383,12 +462,17 @@ def _judge_mode(name: str, judged: Sequence[TraceJudgement], traces: Sequence[Tr
         verdict=verdict,
         reason=reason,
         prompts=tuple(judged),
-        kv=kv_indicators([row for item in judged for row in item.rows], cells),
-        attention=_attention([t for t in traces if t.header.mode == name]),
+        kv=kv_indicators([row for item in judged for row in item.rows], cells, _more_rows(judged)),
+        attention=_attention(judged),
         impact=worst_impact(item.impact for item in judged),
         limits=_pool_limits(item.limits for item in judged),
         first_failure=first,
     )
+
+
+def _more_rows(judged: Iterable[TraceJudgement]) -> list[tuple[str, int, int]]:
+    known = (item.left_out.cache_rows for item in judged if item.left_out is not None)
+    return [(tensor, *counts) for found in known for tensor, counts in found.items()]
 
 
 def _first_of(judged: Sequence[TraceJudgement]) -> Failure | None:
@@ -414,27 +498,49 @@ def _worst(verdicts: Iterable[Verdict]) -> Verdict:
     return max(verdicts, key=_SEVERITY.index, default=Verdict.NOT_AVAILABLE)
 
 
-def _attention(traces: Sequence[Trace]) -> Attention:
-    records = [record for trace in traces for record in trace.records if record.arm in {"P", "D"}]
-    pre = [r for r in records if r.tensor == "attn_scores"]
-    post = [r for r in records if r.tensor == "attn_probs"]
+def _attention(judged: Sequence[TraceJudgement]) -> Attention:
+    def pooled(tensor: str, arm: str) -> Range | None:
+        return _range(item.attention.sums.get((tensor, arm), Sums()) for item in judged)
+
     return Attention(
-        pre_softmax_prefill=_range(r for r in pre if r.arm == "P"),
-        pre_softmax_decode=_range(r for r in pre if r.arm == "D"),
-        post_softmax_prefill=_range(r for r in post if r.arm == "P"),
-        post_softmax_decode=_range(r for r in post if r.arm == "D"),
-        recomputed=any(r.source == "recomputed" for r in pre),
+        pre_softmax_prefill=pooled(SCORES, "P"),
+        pre_softmax_decode=pooled(SCORES, "D"),
+        post_softmax_prefill=pooled("attn_probs", "P"),
+        post_softmax_decode=pooled("attn_probs", "D"),
+        recomputed=any(item.attention.recomputed for item in judged),
     )
 
 
-def _range(records: Iterable[Record]) -> Range | None:
-    """Return extremes and the mean over all finite elements; each record's mean weighs as many as it has."""
-    low, high, total, count = math.inf, -math.inf, 0.0, 0
+def _attention_sums(trace: Trace) -> AttentionSums:
+    records = [record for record in trace.records if record.arm in {"P", "D"}]
+    found: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        if record.tensor in {SCORES, "attn_probs"}:
+            found.setdefault((record.tensor, record.arm), []).append(record)
+    return AttentionSums(
+        {key: _sums(mine) for key, mine in found.items()},
+        recomputed=any(r.source == "recomputed" for r in records if r.tensor == SCORES),
+    )
+
+
+def _sums(records: Iterable[Record]) -> Sums:
+    """Return extremes and sum of all finite elements; the sum is exact, so that no order of records changes it."""
+    low, high, totals, count = math.inf, -math.inf, [], 0
     for r in records:
         if r.min is None or r.max is None or r.mean is None or not r.shape:
             continue
         finite = math.prod(r.shape) - (r.nan_count or 0) - (r.inf_count or 0)
         if finite:
             low, high = min(low, r.min), max(high, r.max)
-            total, count = total + r.mean * finite, count + finite
-    return Range(low, high, total / count) if count else None
+            totals.append(r.mean * finite)
+            count += finite
+    return Sums(low, high, math.fsum(totals), count)
+
+
+def _range(found: Iterable[Sums]) -> Range | None:
+    """Return extremes and mean over all finite elements of several traces."""
+    some = [sums for sums in found if sums.count]
+    if not some:
+        return None
+    total, count = math.fsum(sums.total for sums in some), sum(sums.count for sums in some)
+    return Range(min(sums.low for sums in some), max(sums.high for sums in some), total / count)

@@ -21,6 +21,8 @@ COMMANDS = {
     "diff": "say what got worse between two runs of one engine",
     "baseline": "keep an accepted run in a small file, and check new runs against it",
     "report": "rebuild every report of a run from its traces",
+    "pack": "turn a folder's traces into Parquet, with nothing lost",
+    "unpack": "turn packed traces back into JSON Lines, to the byte",
     "validate": "say what is wrong with a trace, line by line",
     "faults": "list the faults that can be planted, and what must be found",
     "engines": "list the engines and how to install them",

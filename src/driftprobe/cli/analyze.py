@@ -25,7 +25,8 @@ Examples:
 @output_options
 def command(traces: Path, mode: str | None, output: Path | None, how: Output) -> None:
     """Judge the traces in TRACES (a traces folder, or a run's folder) and print the verdict."""
+    whole = output is not None or how.format != "text" or how.junit is not None
     with progress(quietly(how.quiet), f"reading {traces}") as told:
-        result = analyze(traces, mode=mode, progress=told)
+        result = analyze(traces, mode=mode, progress=told, whole=whole)
     root = None if output is None else result.write(output).parent
     click.get_current_context().exit(tell(result, how, root))

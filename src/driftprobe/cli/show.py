@@ -109,7 +109,7 @@ def _modes(judgement: Judgement) -> Table:
         table.add_column(column, justify="left" if column in {"mode", "verdict"} else "right", no_wrap=True)
     for mode in judgement.modes.values():
         counts = [str(mode.count(s)) for s in (Status.PASS, Status.FAIL, Status.UNKNOWN)]
-        table.add_row(mode.mode, Text(mode.verdict.value, _STYLES[mode.verdict]), str(len(mode.cells)), *counts,
+        table.add_row(mode.mode, Text(mode.verdict.value, _STYLES[mode.verdict]), str(mode.pairs), *counts,
                       str(mode.unpaired), _excess(mode))  # fmt: skip
     return table
 

@@ -1,0 +1,165 @@
+"""The records of one trace as columns: a row for each, in NumPy, a thousandth of the work of an object for each.
+
+A row is what `trace.Record` holds; names stand once in `words`. Pure data: scan.py reads it from JSON Lines, packed.py
+from Parquet.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from driftprobe.trace import CONSTANTS, Event, Header, Record
+from driftprobe.trace_checks import record_faults
+
+NONE = int(np.iinfo(np.int64).min)
+"""An integer that a record leaves out; a float is NaN then, a word, a sketch or rows are -1."""
+INTEGERS = ("step", "token_id", "logical_tok_idx", "pos_id", "nz_count", "nan_count", "inf_count", "row_start")
+FLOATS = ("abs_sum", "min", "max", "mean", "l2")
+WORDS = ("phase", "arm", "tensor", "dtype", "shape", "source", "prompt")
+ROW = np.dtype(
+    [("at", "<i8"), *((name, "<i8") for name in INTEGERS), ("rows_at", "<i8"), ("hash", "<u8"),
+     *((name, "<f8") for name in FLOATS),
+     *((name, "<i4") for name in ("length", "layer", *WORDS, "sums", "rows", "taken"))]
+)  # fmt: skip
+"""One record: the layout of `row` in _scan.c."""
+Array = npt.NDArray[Any]
+MAX_STEPS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Columns:
+    """One whole trace, every line of it checked."""
+
+    header: Header
+    rows: Array
+    """A row of ROW for each record, in the order of the file."""
+    sums: npt.NDArray[np.float64]
+    """Sketches `[sketches, sums]`."""
+    hashes: npt.NDArray[np.uint64]
+    """Row hashes of all caches, one after another."""
+    words: list[str]
+    events: tuple[Event, ...]
+    name: str
+    """Name of the file, without its folder."""
+    odd: dict[int, Record] = field(default_factory=dict)
+    """Row -> the record itself, where it holds more than a row can."""
+
+    def record(self, index: int) -> Record:
+        """Return one record as the object that a reader of lines makes."""
+        if index in self.odd:
+            return self.odd[index]
+        (_, step, token, position, pos_id, nz, nans, infs, start, _, tag, abs_sum, low, high, mean, l2, _, layer, phase,
+         arm, tensor, dtype, shape, source, prompt, sums, rows, _) = self.rows[index].item()  # fmt: skip
+        word = self.words
+        return Record(
+            prompt=word[prompt], phase=word[phase], layer=None if layer < 0 else layer, tensor=word[tensor],
+            hash=f"0x{tag:016x}", arm=word[arm], step=step, token_id=_or_none(token),
+            logical_tok_idx=_or_none(position), pos_id=_or_none(pos_id), dtype=None if dtype < 0 else word[dtype],
+            shape=None if shape < 0 else axes_of(word[shape]), nz_count=_or_none(nz), nan_count=_or_none(nans),
+            inf_count=_or_none(infs), row_start=start, source="captured" if source < 0 else word[source],
+            abs_sum=_finite_or_none(abs_sum), min=_finite_or_none(low), max=_finite_or_none(high),
+            mean=_finite_or_none(mean), l2=_finite_or_none(l2),
+            sketch=None if sums < 0 else tuple(self.sums[sums].tolist()),
+            rows=None if rows < 0 else tuple(f"0x{value:016x}" for value in self.row_hashes(index).tolist()),
+        )  # fmt: skip
+
+    def row_hashes(self, index: int) -> npt.NDArray[np.uint64]:
+        """Return the row hashes of one cache record."""
+        row = self.rows[index]
+        return self.hashes[row["rows_at"] : row["rows_at"] + max(int(row["rows"]), 0)]
+
+    def number_of(self, word: str) -> int:
+        """Return the number of a word, or -2 where no record has it."""
+        return self.words.index(word) if word in self.words else -2
+
+
+def _or_none(value: int) -> int | None:
+    return None if value == NONE else value
+
+
+def _finite_or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+@lru_cache(maxsize=4096)
+def axes_of(text: str) -> tuple[int, ...]:
+    """Return the shape that stands in a record as `[1,32,128]`."""
+    return tuple(int(axis) for axis in text.strip("[]").split(",") if axis.strip())
+
+
+def breaks_a_must(columns: Columns) -> bool:
+    """Whether some record breaks a MUST that a line shows by itself, or its key may be another's.
+
+    The rules are those of `record_faults`. Each is a comparison, so that the records that stand furthest out on one of
+    its sides answer for all: they are looked at one by one, with one of every combination of names.
+    """
+    rows = columns.rows
+    if not len(rows):
+        return True
+    prompts = np.unique(rows["prompt"])
+    if [columns.words[i] for i in prompts] != [columns.header.prompt]:
+        return True
+    if rows["step"].min() < 0 or rows["step"].max() >= MAX_STEPS:
+        return True
+    size = columns.header.sketch_size
+    suspects = {*_extremes(columns), *_of_each_name(columns), *columns.odd}
+    constants = np.flatnonzero(rows["arm"] == columns.number_of(CONSTANTS))
+    suspects.update(constants.tolist())
+    return any(record_faults(columns.record(index), size) for index in suspects)
+
+
+def _extremes(columns: Columns) -> list[int]:
+    rows, found = columns.rows, []
+    for name in ("step", "logical_tok_idx", "nz_count", "nan_count", "inf_count", "row_start"):
+        found.append(int(known(rows[name]).argmin()))
+    for name in ("abs_sum", "l2"):
+        found.append(int(np.nan_to_num(rows[name]).argmin()))
+    found.append(int(np.nan_to_num(rows["min"] - rows["max"], nan=-1.0).argmax()))
+    shapes = rows["shape"]
+    counted = known(rows["nz_count"]) + known(rows["nan_count"]) + known(rows["inf_count"])
+    over, first = np.full(len(rows), -1, dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
+    for shape in np.unique(shapes[shapes >= 0]).tolist():
+        axes, here = axes_of(columns.words[shape]), shapes == shape
+        elements = 1
+        for axis in axes:
+            elements = min(elements * axis, 1 << 62)
+        over[here] = counted[here] - elements
+        first[here] = axes[0] if axes else -1
+    found.append(int(over.argmax()))
+    wrong = (rows["rows"] >= 0) & ((shapes < 0) | (rows["rows"] != first)) & (shapes >= 0)
+    return [*found, int(wrong.argmax())]
+
+
+def _of_each_name(columns: Columns) -> list[int]:
+    """Return one row of every combination of names that a rule looks at together."""
+    rows, count = columns.rows, len(columns.words)
+    tensors = (rows["tensor"].astype(np.int64) * 2 + (rows["layer"] >= 0)) * 2 + (rows["rows"] >= 0)
+    found = first_of(tensors, 4 * count)
+    found += first_of(rows["dtype"].astype(np.int64) + 1, count + 1)
+    found += first_of(rows["arm"].astype(np.int64), count)
+    changes = np.flatnonzero(np.diff(rows["step"]) | np.diff(rows["phase"])) + 1
+    phases = np.unique(rows["phase"][[0, *changes]].astype(np.int64) * MAX_STEPS + rows["step"][[0, *changes]])
+    for both in phases.tolist():  # a phase and its step: one row of each
+        phase, step = divmod(both, MAX_STEPS)
+        at = changes[(rows["phase"][changes] == phase) & (rows["step"][changes] == step)][:1].tolist()
+        found += at or [0]
+    return found
+
+
+def known(values: Array) -> Array:
+    """Return integers, with 0 for those that were left out."""
+    values = np.ascontiguousarray(values)
+    return np.where(values == NONE, 0, values) if values.min(initial=0) == NONE else values
+
+
+def first_of(keys: Array, count: int) -> list[int]:
+    """Return the index of the first element of each key, of keys below `count`."""
+    first = np.full(count, -1, dtype=np.int64)
+    first[keys[::-1]] = np.arange(len(keys) - 1, -1, -1)
+    return [int(at) for at in first[first >= 0]]
