@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 # Versions are pinned here alone; the package itself accepts wide ranges.
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
+LLAMA_CMAKE ?= -DGGML_NATIVE=OFF
 STAMP := $(VENV)/.ready
 
 .PHONY: demo test check clean setup engines calibrate accuracy bench bench-quick
@@ -28,8 +29,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
 
+# Not for this very processor: a build for any one compares with others, and GCC 12 breaks llama.cpp's AMX code (SIGILL).
 engines: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[llamacpp]"
+	CMAKE_ARGS="$(LLAMA_CMAKE)" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-cache-dir --editable ".[llamacpp]"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check src tests tools benchmarks

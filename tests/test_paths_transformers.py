@@ -244,7 +244,7 @@ def test_the_ladder_is_climbed_and_agrees() -> None:
     assert result.verdict in PASSED and ladder.rung == "float64"
     assert ladder.judged.verdict in PASSED
     drifts = [cell.drift.value for cell in ladder.judged.cells if cell.drift.value]
-    assert max(drifts) < 1e-12
+    assert max(drifts, default=0.0) < 1e-12  # some machines compute both bit for bit alike
 
 
 def test_the_ladder_tells_a_fault_under_the_floor_of_bfloat16() -> None:

@@ -28,17 +28,17 @@ _DARK, _LIGHT = "#1c2126", "#fff6ea"
 EQUAL = Band("e", "equal", "#e9edf1", _DARK)
 UNTOLD = Band("u", "not told", "#d9d3e8", _DARK)
 WITHIN = (
-    (0.01, Band("b0", "< 0.01", "#d3e2f0", _DARK)),
-    (0.1, Band("b1", "< 0.1", "#aecbe6", _DARK)),
-    (1.0, Band("b2", "< 1", "#7fadd8", _DARK)),
+    (0.1, Band("b0", "< 0.1", "#d8e5f1", _DARK)),
+    (0.3, Band("b1", "< 0.3", "#b9d2e9", _DARK)),
+    (1.0, Band("b2", "< 1", "#94bbdf", _DARK)),
     (float("inf"), Band("b3", f"≤ {LIMIT:g}", "#3f7fbd", _LIGHT)),
 )
 """Bands below the limit, each with the excess that it ends before."""
 BEYOND = (
-    (1e12, Band("f5", "> 10¹²", "#54100a", _LIGHT)),
-    (1e6, Band("f4", "> 10⁶", "#861a08", _LIGHT)),
-    (1e3, Band("f3", "> 10³", "#b5390b", _LIGHT)),
-    (10.0, Band("f2", "> 10", "#dd6513", _LIGHT)),
+    (1e12, Band("f5", "> 10¹²", "#6a1208", _LIGHT)),
+    (1e6, Band("f4", "> 10⁶", "#981f08", _LIGHT)),
+    (1e3, Band("f3", "> 10³", "#c2400c", _LIGHT)),
+    (10.0, Band("f2", "> 10", "#df6714", _LIGHT)),
     (0.0, Band("f1", f"> {LIMIT:g}", "#f0a03c", _DARK)),
 )
 """Bands beyond it, each with the excess that it begins behind."""

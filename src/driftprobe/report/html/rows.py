@@ -36,6 +36,8 @@ def encode_rows(view: View, pool: Pool, budget: int = ROW_BYTES) -> int | None:
 
 def _runs(check: RowCheck, cell: Cell) -> list[list[int | str]]:
     kinds = _kinds(check, cell)
+    if not kinds:  # a window has left no row that both sides hold
+        return []
     runs: list[list[int | str]] = []
     starts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(kinds)) if a[1] != b[1] or a[0] + 1 != b[0]), len(kinds)]
     for first, end in pairwise(starts):
