@@ -46,7 +46,8 @@ def is_for_the_reader_alone(line: str) -> bool:
     of_llama = "llamacpp" in line or "gguf" in line
     return (
         ("--host" in line and "--dry-run" not in line)
-        or line.startswith(("pip ", "python -m benchmarks"))
+        or "pip install" in line
+        or line.startswith("python -m benchmarks")
         or (of_llama and find_spec("llama_cpp") is None)
     )
 
