@@ -242,3 +242,14 @@ def test_the_page_documents_every_field_of_the_schema():
     assert len(names) > 60
     for name in names - {"min", "max", "mean"}:
         assert f"`{name}`" in page, name
+
+
+def test_a_run_that_needs_nothing_more_is_not_told_to_run_again():
+    from driftprobe.report.conclusion import next_command
+    from driftprobe.verdict import base_traces
+    from report_traces import broken_from, run
+
+    judgement, traces = run()
+    assert next_command(judgement, base_traces(traces)) == ""
+    judgement, traces = run(broken_from(1, "q_rope"))
+    assert next_command(judgement, base_traces(traces)).startswith("driftprobe run ")

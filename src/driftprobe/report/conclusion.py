@@ -180,10 +180,14 @@ def recommendations(judgement: Judgement, traces: Sequence[Trace]) -> str:
 
 
 def next_command(judgement: Judgement, traces: Sequence[Trace]) -> str:
-    """Return the command to type next: the first of section 7 that follows from the verdict; else nothing."""
-    return next((command for _, _, command in _next_steps(judgement, traces) if command), "")
+    """Return the command to type next: the first of section 7 that follows from the verdict; else nothing.
+
+    The run's own command again, for CI, is none.
+    """
+    return next((command for title, _, command in _next_steps(judgement, traces) if command and title != _KEEP), "")
 
 
+_KEEP = "Keep it so"
 _Step = tuple[str, str, str]
 """A title, a sentence, and a command or nothing."""
 
@@ -230,11 +234,11 @@ def _next_steps(judgement: Judgement, traces: Sequence[Trace]) -> list[_Step]:
         steps.append(("Document it", "Note the largest excess and the detection limit as expected behaviour.", ""))
         steps += [] if judgement.ladders else _finer(traces)
         steps.append(
-            ("Keep it so", "Run this in CI; exit code 0 means no bug was found:" + _same_prompts(traces), again)
+            (_KEEP, "Run this in CI; exit code 0 means no bug was found:" + _same_prompts(traces), again)
         )
     else:
         steps.append(
-            ("Keep it so", "Run this in CI; exit code 0 means no bug was found:" + _same_prompts(traces), again)
+            (_KEEP, "Run this in CI; exit code 0 means no bug was found:" + _same_prompts(traces), again)
         )
     if facts.faults(traces):
         words = "The planted fault is gone without `--fault`:" + _same_prompts(traces)
