@@ -233,13 +233,9 @@ def _next_steps(judgement: Judgement, traces: Sequence[Trace]) -> list[_Step]:
     elif judgement.verdict is Verdict.STRUCTURAL_DRIFT:
         steps.append(("Document it", "Note the largest excess and the detection limit as expected behaviour.", ""))
         steps += [] if judgement.ladders else _finer(traces)
-        steps.append(
-            (_KEEP, "Run this in CI; exit code 0 means no bug was found:" + _same_prompts(traces), again)
-        )
+        steps.append((_KEEP, "Run this in CI; exit code 0 means no bug was found:" + _same_prompts(traces), again))
     else:
-        steps.append(
-            (_KEEP, "Run this in CI; exit code 0 means no bug was found:" + _same_prompts(traces), again)
-        )
+        steps.append((_KEEP, "Run this in CI; exit code 0 means no bug was found:" + _same_prompts(traces), again))
     if facts.faults(traces):
         words = "The planted fault is gone without `--fault`:" + _same_prompts(traces)
         steps.append(
