@@ -97,7 +97,7 @@ def test_an_error_in_small_elements_too_is_a_failure_below_the_floor(tensor):
     assert (first.layer, first.tensor) == (0, tensor)
     assert first.excess < 1, "the floor alone does not see it"
     assert first.local is not None
-    assert first.local > LOCAL_LIMIT
+    assert first.local.excess > LOCAL_LIMIT
     assert "its own rounding is exceeded" in found.reason
 
 

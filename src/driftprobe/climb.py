@@ -99,7 +99,7 @@ def _scale(failures: Sequence[Failure], slopes: Sequence[Slope]) -> bool:
 
 def _moderate(failure: Failure) -> bool:
     """Whether a failure may be a margin set too low; one that moves all elements one way is no tail of anything."""
-    local = 0.0 if failure.local is None else failure.local
+    local = 0.0 if failure.local is None else failure.local.excess
     return failure.match is None and local <= MODERATE / LIMIT * LOCAL_LIMIT and failure.excess <= MODERATE
 
 
@@ -192,11 +192,13 @@ def in_words(failure: Failure) -> str:
     lead = f"{failure.phase} differs from {reference} at {where}: drift {failure.drift:.2e}, "
     if failure.local is not None:
         same = "the op's inputs are bit for bit equal"
-        if failure.tensor in CACHE_TAPS:
+        if failure.local.replayed:
+            same = "what the matrix makes of its inputs' difference is taken off"
+        elif failure.tensor in CACHE_TAPS:
             same = "nothing but ops on single tokens stands before these rows"
         return (
             f"{lead}under the floor of {failure.floor:.2e}, but {same} and its own "
-            f"rounding is exceeded ×{failure.local:.3g} (limit {LOCAL_LIMIT:g})"
+            f"rounding is exceeded ×{failure.local.excess:.3g} (limit {LOCAL_LIMIT:g})"
         )
     if failure.match is not None:
         found = failure.match

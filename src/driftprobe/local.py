@@ -42,7 +42,9 @@ class Local:
     excess: float
     """Root mean square, over the elements, of the difference in units of the op's own rounding error there."""
     inputs: tuple[str, ...]
-    """The taps that the op reads: bit for bit equal on both sides."""
+    """The taps that the op reads: bit for bit equal on both sides, unless it was `replayed`."""
+    replayed: bool = False
+    """Whether what the op's matrix makes of its inputs' difference was taken off (`products`)."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,16 @@ def _measured(
     seen = np.isfinite(p) & np.isfinite(d)
     if size is None or not seen.any() or not (seen | (p == d)).all():
         return None
-    unit = u * size.products[seen] + size.sums * _rms(p[seen]) + on.smallest(place)
     gaps = np.abs(d - p, where=seen, out=np.zeros_like(p))[seen]
+    unit = u * size.products[seen] + size.sums * _rms(p[seen]) + on.smallest(place)
     return Local(_in_units(gaps, unit), tuple(source[2] for source in inputs))
+
+
+def product_excess(place: Place, p: Float64, gaps: Float64, terms: int, on: Bench) -> float:
+    """Return how far `gaps` exceed what a product of `terms` terms with result p rounds by, as `Local.excess` says."""
+    size = _product_of(place, p, on, terms)
+    unit = on.roundoff(place) * size.products + size.sums * _rms(p) + on.smallest(place)
+    return _in_units(np.abs(gaps), unit)
 
 
 def _stored_rows(pair: Pair, place: Place, on: Bench) -> Local | None:
@@ -275,11 +284,13 @@ def _product(place: Place, p: Float64, on: Bench) -> _Size | None:
     """
     if not on.facts.accumulate:
         return None
-    _, layer, tensor = place
-    bias = on.constant(layer, f"{tensor}.bias")
-    offset = np.abs(bias.reshape(p.shape[1:])) if bias is not None and bias.size == p[0].size else 0.0
     given = next((on.reference(*source) for source in sources(place, on.pairs)), None)
-    terms = 1.0 if given is None else float(given[0].size)
+    return _product_of(place, p, on, 1 if given is None else given[0].size)
+
+
+def _product_of(place: Place, p: Float64, on: Bench, terms: int) -> _Size:
+    bias = on.constant(place[1], f"{place[2]}.bias")
+    offset = np.abs(bias.reshape(p.shape[1:])) if bias is not None and bias.size == p[0].size else 0.0
     return _Size(np.abs(p) + offset, SUM_ERRORS * _sum_roundoff(on.facts) * float(np.sqrt(terms)))
 
 

@@ -56,11 +56,14 @@ KEPT_FROM = 0.5
 def _wanted(judged: TraceJudgement) -> set[_Where]:
     """Return the places whose whole tensors are needed to judge again as before.
 
-    They are the failures and near ones, what a matched filter pooled, where a cache tap fails K and V rows of all
-    layers, and the rows that show an earlier token's tie flip. `_explains` adds what a diagnosis reads.
+    They are the failures and near ones, what was given to an op that was replayed, what a matched filter pooled, where
+    a cache tap fails K and V rows of all layers, and the rows that show an earlier token's tie flip. `_explains` adds
+    what a diagnosis reads.
     """
     cells = (*judged.cells, *judged.aligned_cells)
     failing: set[_Where] = {(c.step, c.layer, c.tensor) for c in cells if c.status is Status.FAIL or _close(c)}
+    given = [(c, name) for c in cells if c.local is not None and c.local.replayed for name in c.local.inputs]
+    failing |= {(c.step, None if name == "final_norm" else c.layer, name) for c, name in given}
     matches = (*judged.matches, *(failure.match for failure in judged.failures))
     failing |= {where for match in matches if match is not None for where in match.places}
     failing |= {(flip.step, flip.layer, tap) for flip in judged.flips if flip.earlier for tap in CACHE_TAPS}

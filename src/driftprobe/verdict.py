@@ -39,9 +39,10 @@ from driftprobe.judgement import (
     TraceJudgement,
     Verdict,
 )
-from driftprobe.local import LOCAL_LIMIT, Bench, bench, own_rounding
+from driftprobe.local import LOCAL_LIMIT, Bench, Local, bench, own_rounding
 from driftprobe.local import Place as StepPlace
 from driftprobe.matched import Match, match_filters
+from driftprobe.products import replayed, unlike
 from driftprobe.rows import check_rows, kv_indicators
 from driftprobe.scores import pass_shifts, without_shifts
 from driftprobe.taps import CACHE_TAPS, CANDIDATE, ExecutionOrder, execution_order, place
@@ -219,7 +220,7 @@ class _Guilt:
     """A pair of a control under its floor that rounding does not explain: by the local test, or a matched filter."""
 
     pair: Pair
-    local: float | None
+    local: Local | None
     match: Match | None
 
 
@@ -237,7 +238,7 @@ def _guilty(trace: Trace, controls: Controls, payloads: PayloadSource) -> dict[s
 
 def _guilt(item: Pair, on: Bench, match: Match | None) -> _Guilt | None:
     told = own_rounding(item, on)
-    local = None if told is None or told.excess <= LOCAL_LIMIT else told.excess
+    local = None if told is None or told.excess <= LOCAL_LIMIT else told
     return None if local is None and match is None else _Guilt(item, local, None if local is not None else match)
 
 
@@ -274,12 +275,13 @@ def _by_position(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
 
 
 def _cell(item: Pair, floors: Floors, on: Bench, match: Match | None) -> Cell:
-    record, floor, local = item.reference, _floor_of(item, floors), own_rounding(item, on)
+    record, floor = item.reference, _floor_of(item, floors)
+    local = own_rounding(item, on) or replayed(item, on)
     beyond = match is not None or (local is not None and local.excess > LOCAL_LIMIT)
     status = Status.FAIL if beyond else _status(item.drift, floor)
     return Cell(
         record.prompt, record.step, record.layer, record.tensor, item.drift, floor, status, record, item.candidate,
-        local, match,
+        local, match, unlike(item, on) if local is None else None,
     )  # fmt: skip
 
 
@@ -344,7 +346,7 @@ def _of_cell(cell: Cell) -> Failure:
     if cell.beyond_floor:
         return failure
     if cell.local is not None and cell.local.excess > LOCAL_LIMIT:
-        return replace(failure, local=cell.local.excess)
+        return replace(failure, local=cell.local)
     return replace(failure, match=cell.match)
 
 
