@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from driftprobe.causes import Parameters
 from driftprobe.fingerprint import Float64, l2_norm
@@ -145,9 +146,38 @@ def _other_layer(rows: Rows) -> Iterator[Prediction]:
 
 
 def _exchanged(rows: Rows) -> Iterator[Prediction]:
+    """Yield the rows as those of the other cache.
+
+    An engine that rotates neighbouring dimensions keeps its keys in another order than they are recorded in, and its
+    values in their own: rows that stand in the wrong cache of it have their dimensions reordered.
+    """
     other = rows.scene.reference(rows.layer, "v_cache" if rows.tensor == "k_cache" else "k_cache")
-    if other is not None and other.shape == rows.prefill_SGD.shape:
-        yield rows.predict("cache_kv_exchanged", {}, rows.closer(other))
+    if other is None or other.shape != rows.prefill_SGD.shape:
+        return
+    yield rows.predict("cache_kv_exchanged", {}, rows.closer(other))
+    order = _rotation_order(rows)
+    if order is not None:
+        reordered = other[..., order if rows.tensor == "k_cache" else np.argsort(order)]
+        yield rows.predict("cache_kv_exchanged", {}, rows.closer(reordered))
+
+
+def _rotation_order(rows: Rows) -> npt.NDArray[np.int64] | None:
+    """Return the order that puts dimension 2i beside others of its kind: rotated pairs half of what is rotated apart.
+
+    All of a head is taken for rotated where the trace has no frequencies. None where two dimensions are, or fewer.
+    """
+    size = rows.prefill_SGD.shape[2]
+    constant = _of_rotation(rows, "rope.inv_freq")
+    rotated = size if constant is None else 2 * constant.size
+    if not 4 <= rotated <= size:
+        return None
+    return np.concatenate([np.arange(0, rotated, 2), np.arange(1, rotated, 2), np.arange(rotated, size)])
+
+
+def _of_rotation(rows: Rows, name: str) -> Float64 | None:
+    """Return a constant of the rotation: this layer's, or the model's."""
+    found = rows.scene.constant(rows.layer, name)
+    return rows.scene.constant(None, name) if found is None else found
 
 
 def _axes(rows: Rows) -> Iterator[Prediction]:
@@ -198,9 +228,7 @@ def _unrotated(rows: Rows) -> Iterator[Prediction]:
     """
     if rows.tensor != "k_cache":
         return
-    constant = rows.scene.constant(rows.layer, "rope.inv_freq")
-    if constant is None:
-        constant = rows.scene.constant(None, "rope.inv_freq")
+    constant = _of_rotation(rows, "rope.inv_freq")
     scaling = rows.scene.constant(rows.layer, "rope.scaling")
     size = 1.0 if scaling is None else float(scaling.reshape(-1)[0])
     for paired in (_halves, _neighbours):

@@ -187,8 +187,7 @@ class LlamaCppEngine:
 
     def plant(self, fault: str, strength: float | None = None) -> AbstractContextManager[Expected]:
         """Plant a fault while the context lasts and say what must be found; see planting."""
-        return plant(fault, strength, self._planted, self._strangers, self._model.number("n_layer"),
-                     self._order is not None)  # fmt: skip
+        return plant(fault, strength, self._planted, self._strangers, self._model.number("n_layer"))
 
     def _strangers(self) -> Strangers:
         """Return the cache rows of two other requests, so that one of them differs from any prompt."""
