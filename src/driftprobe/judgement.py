@@ -9,7 +9,7 @@ from enum import Enum
 from driftprobe.causes import Parameters
 from driftprobe.compare import Drift
 from driftprobe.floor import Floor
-from driftprobe.local import Local
+from driftprobe.local import Ground, Local
 from driftprobe.matched import Match
 from driftprobe.trace import EngineFacts, Record
 
@@ -258,6 +258,8 @@ class Failure:
     """The candidate's arm: D, or the control that is no innocent."""
     local: float | None = None
     """Excess over the op's own rounding, where that told the failure and the floor did not."""
+    ground: Ground = Ground.INPUTS
+    """Why that excess is no rounding."""
     match: Match | None = None
     """The matched filter that told the failure, where neither the floor nor the local test did."""
     diagnosis: Diagnosis | None = None

@@ -39,10 +39,10 @@ from driftprobe.judgement import (
     TraceJudgement,
     Verdict,
 )
-from driftprobe.local import LOCAL_LIMIT, Bench, bench, own_rounding
+from driftprobe.local import LOCAL_LIMIT, Bench, Local, bench, own_rounding
 from driftprobe.local import Place as StepPlace
 from driftprobe.matched import Match, match_filters
-from driftprobe.rows import check_rows, kv_indicators
+from driftprobe.rows import check_rows, keys_beside_values, kv_indicators
 from driftprobe.scores import pass_shifts, without_shifts
 from driftprobe.taps import CACHE_TAPS, CANDIDATE, ExecutionOrder, execution_order, place
 from driftprobe.ties import Settled, settle, without_flips
@@ -166,6 +166,7 @@ def _judged(weighed: _Weighed, payloads: PayloadSource) -> TraceJudgement:
     settled = settle(pairs.decode.matched, pairs.forced, floors.by_place, payloads, earlier=rounds)
     behind = settle(pairs.aligned.matched, (), floors.by_place, payloads)
     cells, aligned_cells = (pass_shifts(_cells(found.pairs, floors, trace, payloads)) for found in (settled, behind))
+    cells = keys_beside_values(cells, payloads)
     strangers = tuple(r for r in trace.records if r.arm not in (*_COMPARED, CONSTANTS) and not is_control(r.arm))
     evidence = Evidence(trace, pairs.decode, pairs.aligned, strangers, controls, floors, cells, left_out)
     gates = pass_gates(evidence)
@@ -219,7 +220,7 @@ class _Guilt:
     """A pair of a control under its floor that rounding does not explain: by the local test, or a matched filter."""
 
     pair: Pair
-    local: float | None
+    local: Local | None
     match: Match | None
 
 
@@ -237,7 +238,7 @@ def _guilty(trace: Trace, controls: Controls, payloads: PayloadSource) -> dict[s
 
 def _guilt(item: Pair, on: Bench, match: Match | None) -> _Guilt | None:
     told = own_rounding(item, on)
-    local = None if told is None or told.excess <= LOCAL_LIMIT else told.excess
+    local = None if told is None or told.excess <= LOCAL_LIMIT else told
     return None if local is None and match is None else _Guilt(item, local, None if local is not None else match)
 
 
@@ -312,12 +313,20 @@ def _failures(
     ]
     known = {(f.arm, f.step, f.layer, f.tensor) for f in guilty}
     guilty += [
-        replace(_failure(it.pair, _floor_of(it.pair, floors), it.pair.candidate.phase), local=it.local, match=it.match)
+        _failure_of(it, floors)
         for found in alone.values()
         for it in found
         if (it.pair.candidate.arm, *_place_of(it.pair)) not in known
     ]
     return tuple(sorted((*decode, *guilty), key=_order))
+
+
+def _failure_of(guilt: _Guilt, floors: Floors) -> Failure:
+    failure = _failure(guilt.pair, _floor_of(guilt.pair, floors), guilt.pair.candidate.phase)
+    told = guilt.local
+    return (
+        replace(failure, match=guilt.match) if told is None else replace(failure, local=told.excess, ground=told.ground)
+    )
 
 
 def _beyond(pairs: Sequence[Pair], floors: Floors, ties: bool) -> list[Pair]:
@@ -344,7 +353,7 @@ def _of_cell(cell: Cell) -> Failure:
     if cell.beyond_floor:
         return failure
     if cell.local is not None and cell.local.excess > LOCAL_LIMIT:
-        return replace(failure, local=cell.local.excess)
+        return replace(failure, local=cell.local.excess, ground=cell.local.ground)
     return replace(failure, match=cell.match)
 
 

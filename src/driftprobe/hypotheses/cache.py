@@ -15,7 +15,7 @@ import numpy.typing as npt
 from driftprobe.causes import Parameters
 from driftprobe.fingerprint import Float64, l2_norm
 from driftprobe.floor import LIMIT
-from driftprobe.hypotheses.base import Prediction
+from driftprobe.hypotheses.base import MIN_EXPLAINED, Prediction
 from driftprobe.hypotheses.rounding import rounded
 from driftprobe.judgement import RowCheck
 from driftprobe.row_causes import cause_of_rows
@@ -62,9 +62,10 @@ class Rows:
         return np.concatenate([other_SGD[: self.cached], self.prefill_SGD[self.cached :]])
 
     def explains(self, predicted_SGD: Float64) -> bool:
-        """Whether a prediction leaves no more of decode's rows than rounding explains."""
-        gap = l2_norm((self.decode_SGD - predicted_SGD).reshape(-1))
-        return gap <= self.limit * l2_norm(self.prefill_SGD.reshape(-1))
+        """Whether a prediction leaves no more of decode's rows than rounding explains, and little of the difference."""
+        gap, whole = (l2_norm((self.decode_SGD - rows).reshape(-1)) for rows in (predicted_SGD, self.prefill_SGD))
+        within = gap <= self.limit * l2_norm(self.prefill_SGD.reshape(-1))
+        return within and gap**2 <= (1.0 - MIN_EXPLAINED) * whole**2
 
     def predict(self, cause: str, parameters: Parameters, predicted: Float64, fitted: int = 0) -> Prediction:
         """Return a prediction of the failing tap."""
