@@ -14,7 +14,7 @@ from benchmarks.accuracy import models
 from driftprobe.api import analyze, run
 from driftprobe.fingerprint import Array, Float64
 from driftprobe.judgement import Verdict
-from driftprobe.local import LOCAL_LIMIT, Bench
+from driftprobe.local import LOCAL_LIMIT, Bench, Ground
 from driftprobe.options import RunOptions
 from driftprobe.plan import Mode, Prompt
 from driftprobe.products import LOOKS, replayed, unlike, wanted_matrices
@@ -67,7 +67,7 @@ def test_a_fault_behind_inputs_that_differ_is_asked_for_and_found(change):
     on, pair = laid_out(change)
     found = replayed(pair, on)
     assert found is not None
-    assert found.replayed
+    assert found.ground is Ground.PRODUCT
     assert found.inputs == ("attn_ctx",)
     assert found.excess > LOCAL_LIMIT
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 
 import numpy as np
 
 from driftprobe.compare import SCORES, Pair, PayloadSource, without_shift
-from driftprobe.fingerprint import UNIT_ROUNDOFF, Float64, to_float64
+from driftprobe.fingerprint import CAST_ROUNDOFF, UNIT_ROUNDOFF, Float64, l2_norm, to_float64
 from driftprobe.taps import BY_NAME, CACHE_TAPS
 from driftprobe.trace import CONSTANTS, EngineFacts, Record, Trace
 
@@ -28,11 +29,40 @@ SUM_ERRORS = 4.0
 COARSE = UNIT_ROUNDOFF["float16"]
 """Dtypes from this roundoff up are tested locally; finer ones round as their sums do, which the floor measures."""
 
+INPUT_ERRORS = 2.0
+"""How many times its inputs' distance a rotation's results may be apart: more than once, for a factor of their own."""
+ANGLE_ERRORS = 32.0
+"""Unit roundoffs, for each position, by which an angle may be off: fast trigonometric functions lose some."""
+
 _SUBNORMAL = {"float16": 2.0**-24, "float8_e4m3fn": 2.0**-9, "float8_e5m2": 2.0**-16}
 """Smallest positive number of a dtype whose range is so narrow that results fall below it."""
 
 Place = tuple[int, int | None, str]
 """Step, layer, tensor."""
+
+
+class Ground(str, Enum):
+    """Why a difference under the floor is no rounding."""
+
+    INPUTS = "inputs"
+    TOKENS = "tokens"
+    ROTATION = "rotation"
+    VALUES = "values"
+    PRODUCT = "product"
+
+    @property
+    def words(self) -> str:
+        """The ground as a clause that its excess follows."""
+        return _GROUNDS[self]
+
+
+_GROUNDS = {
+    Ground.INPUTS: "the op's inputs are bit for bit equal and its own rounding is exceeded",
+    Ground.TOKENS: "nothing but ops on single tokens stands before these rows and its own rounding is exceeded",
+    Ground.ROTATION: "a rotation keeps distances, and what its input's difference and its rounding allow is exceeded",
+    Ground.PRODUCT: "what the matrix makes of its inputs' difference is taken off and its own rounding is exceeded",
+    Ground.VALUES: "the rows in which V fails stand out in K too, and what any other row allows is exceeded",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +72,8 @@ class Local:
     excess: float
     """Root mean square, over the elements, of the difference in units of the op's own rounding error there."""
     inputs: tuple[str, ...]
-    """The taps that the op reads: bit for bit equal on both sides, unless it was `replayed`."""
-    replayed: bool = False
-    """Whether what the op's matrix makes of its inputs' difference was taken off (`products`)."""
+    """The taps that the op reads: bit for bit equal on both sides, unless its ground says otherwise."""
+    ground: Ground = Ground.INPUTS
 
 
 @dataclass(frozen=True)
@@ -113,7 +142,7 @@ def own_rounding(pair: Pair, on: Bench) -> Local | None:
     """Return the local test of a pair; None where it cannot be made.
 
     It needs both whole tensors, inputs that were recorded and are bit for bit equal, an op whose rounding is known, and
-    a dtype that rounds more coarsely than sums do.
+    a dtype that rounds more coarsely than sums do. A rotation behind a coarser cast is tested with other inputs too.
     """
     record = pair.reference
     place = (record.step, record.layer, record.tensor)
@@ -121,6 +150,8 @@ def own_rounding(pair: Pair, on: Bench) -> Local | None:
         return _stored_rows(pair, place, on)
     if record.tensor in {"k_rope", "v_proj"} and coarser_cache(on.facts):
         return None  # a latent comes back from the cache before it is taken apart
+    if record.tensor in {"q_rope", "k_rope"} and _finer_than_casts(on.facts):
+        return _turned(pair, place, on)
     spread = _SPREADS.get(record.tensor)
     inputs = () if spread is None else sources(place, on.pairs)
     if spread is None or not inputs or pair.drift.equal or not coarse(on.facts):
@@ -175,7 +206,33 @@ def _stored_rows(pair: Pair, place: Place, on: Bench) -> Local | None:
         else _stored(place, p, on)
     )
     unit = on.roundoff(place) * size.products + _row_sums(on.facts) * _rms(p)
-    return Local(_in_units(np.abs(d - p), unit), ("the tokens",))
+    return Local(_in_units(np.abs(d - p), unit), ("the tokens",), Ground.TOKENS)
+
+
+def _finer_than_casts(facts: EngineFacts) -> bool:
+    """Whether an engine stores finely what has been through a coarser cast, whose floor it has from there on."""
+    return not coarse(facts) and any(CAST_ROUNDOFF.get(dtype, 0.0) >= COARSE for dtype in facts.casts.values())
+
+
+def _turned(pair: Pair, place: Place, on: Bench) -> Local | None:
+    """Return the test of a rotation by distances, which it keeps: ‖Rd − Rp‖ = ‖d − p‖, however far apart the two are.
+
+    Cosine and sine may be as far off as their angle is rounded, which grows with the position.
+    """
+    given, position = sources(place, on.pairs), pair.reference.logical_tok_idx
+    if len(given) != 1 or position is None or pair.drift.equal:
+        return None
+    before, after = ((on.reference(*at), on.candidate(*at)) for at in (given[0], place))
+    found = [x for x in (*before, *after) if x is not None]
+    if len(found) < 4 or len({x.shape for x in found}) > 1 or not all(np.isfinite(x).all() for x in found):
+        return None
+    p, d, turned_p, turned_d = found
+    size, turned_size = l2_norm(p.reshape(-1)), l2_norm(turned_p.reshape(-1))
+    gain = max(1.0, turned_size / size) if size > 0.0 else 1.0
+    own = on.roundoff(place) * (2.0 + ANGLE_ERRORS * (1 + position)) * turned_size
+    allowed = INPUT_ERRORS * gain * l2_norm((d - p).reshape(-1)) + own
+    gap = l2_norm((turned_d - turned_p).reshape(-1))
+    return Local(gap / allowed if allowed > 0.0 else 0.0, (given[0][2],), Ground.ROTATION)
 
 
 def coarser_cache(facts: EngineFacts) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 from driftprobe.compare import Pair
 from driftprobe.fingerprint import UNIT_ROUNDOFF, Float64
 from driftprobe.judgement import Cell, Judgement, TraceJudgement
-from driftprobe.local import Bench, Local, Place, coarse, product_excess
+from driftprobe.local import Bench, Ground, Local, Place, coarse, product_excess
 from driftprobe.taps import BY_NAME, execution_order, linear_taps
 
 LOOKS = 8
@@ -51,7 +51,7 @@ def replayed(pair: Pair, on: Bench) -> Local | None:
         return None
     larger = np.maximum(np.abs(p), np.abs(d))  # the inputs differ, and so may what is rounded
     excess = product_excess(place, larger, after - before, weight.shape[1], on)
-    return Local(excess, (source[2],), replayed=True)
+    return Local(excess, (source[2],), Ground.PRODUCT)
 
 
 def unlike(pair: Pair, on: Bench) -> float | None:

@@ -43,7 +43,7 @@ from driftprobe.local import LOCAL_LIMIT, Bench, Local, bench, own_rounding
 from driftprobe.local import Place as StepPlace
 from driftprobe.matched import Match, match_filters
 from driftprobe.products import replayed, unlike
-from driftprobe.rows import check_rows, kv_indicators
+from driftprobe.rows import check_rows, keys_beside_values, kv_indicators
 from driftprobe.scores import pass_shifts, without_shifts
 from driftprobe.taps import CACHE_TAPS, CANDIDATE, ExecutionOrder, execution_order, place
 from driftprobe.ties import Settled, settle, without_flips
@@ -167,6 +167,7 @@ def _judged(weighed: _Weighed, payloads: PayloadSource) -> TraceJudgement:
     settled = settle(pairs.decode.matched, pairs.forced, floors.by_place, payloads, earlier=rounds)
     behind = settle(pairs.aligned.matched, (), floors.by_place, payloads)
     cells, aligned_cells = (pass_shifts(_cells(found.pairs, floors, trace, payloads)) for found in (settled, behind))
+    cells = keys_beside_values(cells, payloads)
     strangers = tuple(r for r in trace.records if r.arm not in (*_COMPARED, CONSTANTS) and not is_control(r.arm))
     evidence = Evidence(trace, pairs.decode, pairs.aligned, strangers, controls, floors, cells, left_out)
     gates = pass_gates(evidence)
