@@ -99,21 +99,19 @@ def _wanted(judged: TraceJudgement) -> Iterator[tuple[str, tuple[int | None, str
     if first is not None:
         yield judged.decided_by.file, (first.layer, first.tensor)
     failing = next(iter(judged.failures), None)
-    until = None if failing is None or failing.rung else _order(failing.layer, failing.tensor, failing.order)
+    until = None if failing is None or failing.rung else execution_order(failing.layer, failing.tensor, failing.order)
     yield from ((judged.file, place) for place in _most_unlike(judged.cells, until))
 
 
 def _most_unlike(cells: Iterable[Cell], until: tuple[int, int, int, str] | None) -> list[tuple[int | None, str]]:
     best: dict[tuple[int | None, str], float] = {}
     for cell in cells:
-        if cell.unlike is not None and (until is None or _order(cell.layer, cell.tensor, cell.reference.order) < until):
+        if cell.unlike is not None and (
+            until is None or execution_order(cell.layer, cell.tensor, cell.reference.order) < until
+        ):
             place = (cell.layer, cell.tensor)
             best[place] = max(cell.unlike, best.get(place, 0.0))
     return sorted(best, key=lambda place: -best[place])[:LOOKS]
-
-
-def _order(layer: int | None, tensor: str, rank: int | None) -> tuple[int, int, int, str]:
-    return execution_order(layer, tensor, rank)
 
 
 def _place(pair: Pair) -> Place:
