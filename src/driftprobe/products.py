@@ -18,7 +18,7 @@ from driftprobe.compare import Pair
 from driftprobe.fingerprint import UNIT_ROUNDOFF, Float64
 from driftprobe.judgement import Cell, Judgement, TraceJudgement
 from driftprobe.local import Bench, Ground, Local, Place, coarse, product_excess
-from driftprobe.taps import BY_NAME, execution_order, linear_taps
+from driftprobe.taps import BY_NAME, ExecutionOrder, execution_order, linear_taps
 
 LOOKS = 8
 """Ops of one trace whose matrices are asked for: those most unlike what their inputs make of them."""
@@ -103,7 +103,7 @@ def _wanted(judged: TraceJudgement) -> Iterator[tuple[str, tuple[int | None, str
     yield from ((judged.file, place) for place in _most_unlike(judged.cells, until))
 
 
-def _most_unlike(cells: Iterable[Cell], until: tuple[int, int, int, str] | None) -> list[tuple[int | None, str]]:
+def _most_unlike(cells: Iterable[Cell], until: ExecutionOrder | None) -> list[tuple[int | None, str]]:
     best: dict[tuple[int | None, str], float] = {}
     for cell in cells:
         if cell.unlike is not None and (
