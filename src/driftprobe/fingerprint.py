@@ -120,7 +120,7 @@ def canonical_bytes(array: Array) -> bytes:
 def row_hashes(array: Array) -> tuple[str, ...]:
     """Return the hash of each slice along the first axis (one a position for a K/V cache tap)."""
     if core is not None and array.ndim:
-        where, _alive = _for_core(array)
+        where, _alive = where_for_core(array)
         hashes: tuple[str, ...] = core.row_hashes(*where)
         return hashes
     return tuple(hash_bytes(canonical_bytes(row)) for row in array)
@@ -145,7 +145,7 @@ def fields_and_rows(
     if core is None:
         print_ = reference_fingerprint(array, sketch_size)
         return {name: getattr(print_, name) for name in _FIELDS}, row_hashes(array) if rows else None
-    where, _alive = _for_core(array)
+    where, _alive = where_for_core(array)
     *measured, hashes = core.fingerprint(*where, sketch_size, rows)
     return dict(zip(_FIELDS, (dtype_name(array), array.shape, *measured), strict=True)), hashes
 
@@ -155,7 +155,7 @@ _FIELDS = tuple(spec.name for spec in fields(Fingerprint))
 _Where = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
-def _for_core(array: Array) -> tuple[_Where, Array]:
+def where_for_core(array: Array) -> tuple[_Where, Array]:
     """Return an array as the core takes it (address, dtype, shape, strides in bytes), and what keeps it alive.
 
     An array in another byte order, with odd strides or of many axes is copied first.
@@ -168,7 +168,7 @@ def _for_core(array: Array) -> tuple[_Where, Array]:
     if array.ndim > _MAX_DIMS or (size > 1 and any(stride % size for stride in strides)):
         array = np.ascontiguousarray(array).reshape(array.shape[0], math.prod(array.shape[1:]))
         strides = array.strides
-    return (array.ctypes.data, code, array.shape, strides), array
+    return (array.__array_interface__["data"][0], code, array.shape, strides), array  # sooner than .ctypes
 
 
 def reference_fingerprint(array: Array, sketch_size: int = SKETCH_SIZE) -> Fingerprint:
