@@ -56,29 +56,27 @@ typedef struct measured {
 } measured;
 
 /* Pass over a tensor, and hash its rows in the same pass; those of empty rows one by one. */
-static int measure(const dp_tensor *t, size_t size, measured *m) {
-    dp__room *room = dp__new_room();
+static int measure(const dp_tensor *t, size_t size, measured *m, dp__room *room) {
     dp__rows rows;
     int64_t r, fused = m->hashed > 0 && dp__elements(t) > 0;
     memset(&rows, 0, sizeof rows);
-    if (!room || (fused && !(rows.state = XXH3_createState()))) {
-        dp__free_room(room);
-        return 0;
-    }
+    if (!room || (fused && !(rows.state = XXH3_createState()))) return 0;
     if (fused) rows.hashes = m->hashes, rows.bytes = (size_t)(dp__elements(t) / m->hashed) * dp__dtypes[t->dtype].size;
     dp__measure(t, size, &m->print, m->sketch, fused ? &rows : NULL, room);
     for (r = 0; !fused && r < m->hashed; r++) m->hashes[r] = dp__row_hash(t, r, room);
     if (rows.state) XXH3_freeState(rows.state);
-    dp__free_room(room);
     return 1;
 }
 
 static PyObject *fingerprint_of(const dp_tensor *t, size_t size, measured *m) {
     PyObject *sums, *rows = NULL;
+    dp__room *room;
     size_t b;
     int done;
     Py_BEGIN_ALLOW_THREADS
-    done = measure(t, size, m);
+    room = dp__new_room();
+    done = measure(t, size, m, room);
+    dp__free_room(room);
     Py_END_ALLOW_THREADS
     if (!done) return PyErr_NoMemory();
     if (!(sums = PyTuple_New((Py_ssize_t)size))) return NULL;
@@ -206,15 +204,41 @@ static int write_line(job *j, size_t size) {
     return 1;
 }
 
+/* NumPy's array interface, by its own description: what `__array_struct__` points to. */
+typedef struct interface {
+    int two, ndim;
+    char kind;
+    int size, flags;
+    Py_ssize_t *shape, *strides;
+    void *data;
+} interface;
+
+/* Read an array into a tensor; 0 with a Python error where it is none of this dtype's size. */
+static int read_array(PyObject *array, int dtype, dp_tensor *t) {
+    PyObject *capsule = PyObject_GetAttrString(array, "__array_struct__");
+    const interface *found = capsule ? (const interface *)PyCapsule_GetPointer(capsule, NULL) : NULL;
+    int d, fits;
+    memset(t, 0, sizeof *t);
+    fits = found && found->two == 2 && dtype >= 0 && dtype <= DP_BOOL && found->size == (int)dp__dtypes[dtype].size
+           && found->ndim <= DP_MAX_DIMS;
+    if (fits) t->data = found->data, t->dtype = dtype, t->ndim = found->ndim;
+    for (d = 0; fits && d < found->ndim; d++) {
+        t->shape[d] = found->shape[d], t->strides[d] = found->strides[d] / found->size;
+        fits = found->strides[d] % found->size == 0;
+    }
+    Py_XDECREF(capsule);
+    if (!fits && !PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "not an array of this dtype");
+    return fits;
+}
+
 /* Read one of Python's jobs, and make room for what comes of it; 0 with a Python error. */
 static int read_job(PyObject *given, size_t size, job *j) {
-    PyObject *text[3], *address, *shape, *strides;
+    PyObject *text[3], *array;
     size_t room = 512 + (size_t)SHORTEST_ROOM * size;
     int i, dtype, with_rows;
     if (!PyTuple_Check(given)) return PyErr_SetString(PyExc_TypeError, "a job is a tuple"), 0;
-    if (!PyArg_ParseTuple(given, "SSSOiO!O!p", &text[0], &text[1], &text[2], &address, &dtype, &PyTuple_Type, &shape,
-                          &PyTuple_Type, &strides, &with_rows)) return 0;
-    if (!read_tensor(address, dtype, shape, strides, &j->t)) return 0;
+    if (!PyArg_ParseTuple(given, "SSSOip", &text[0], &text[1], &text[2], &array, &dtype, &with_rows)) return 0;
+    if (!read_array(array, dtype, &j->t)) return 0;
     if (dp__tensor_fault(&j->t) || (with_rows && j->t.ndim < 1))
         return PyErr_SetString(PyExc_ValueError, "not a tensor of the format"), 0;
     for (i = 0; i < 3; i++) {
@@ -232,11 +256,14 @@ static int read_job(PyObject *given, size_t size, job *j) {
 /* Return the lines of all jobs, which were read; the interpreter's lock is given away for the whole of the work. */
 static PyObject *lines_of(job *jobs, Py_ssize_t count, size_t size) {
     PyObject *found, *line;
+    dp__room *room;
     Py_ssize_t i;
     int fault = 0;
     Py_BEGIN_ALLOW_THREADS
+    room = dp__new_room();
     for (i = 0; i < count && !fault; i++)
-        fault = !measure(&jobs[i].t, size, &jobs[i].m) ? 1 : !write_line(&jobs[i], size) ? 2 : 0;
+        fault = !measure(&jobs[i].t, size, &jobs[i].m, room) ? 1 : !write_line(&jobs[i], size) ? 2 : 0;
+    dp__free_room(room);
     Py_END_ALLOW_THREADS
     if (fault == 1) return PyErr_NoMemory();
     if (fault) return PyErr_Format(PyExc_ValueError, "a statistic that is not finite");
@@ -272,7 +299,7 @@ static PyObject *lines(PyObject *self, PyObject *args) {
 static PyMethodDef methods[] = {
 #ifdef __SIZEOF_INT128__
     {"lines", lines, METH_VARARGS,
-     "lines(jobs, size): the JSON line of each (before the hash, behind it, end, address, dtype, shape, strides, rows)"},
+     "lines(jobs, size): the JSON line of each (before the hash, behind it, end, array, dtype, rows)"},
 #endif
     {"fingerprint", fingerprint, METH_VARARGS,
      "fingerprint(address, dtype, shape, strides, size, rows): hash, nz, abs_sum, min, max, mean, l2, nan, inf, sketch, row hashes or None"},

@@ -13,7 +13,7 @@ from driftprobe.background import Background, Begun
 from driftprobe.constants import constant_record, tensor_name
 from driftprobe.engines.base import Engine, Recorded, Tapped
 from driftprobe.fingerprint import Array, fields_and_rows, to_float64
-from driftprobe.lines import Extra, LineMaker
+from driftprobe.lines import NOTHING, Extra, LineMaker
 from driftprobe.payload import payload_file, write_payloads
 from driftprobe.plan import Plan, sequence, tokens_needed
 from driftprobe.taps import CACHE_TAPS, SCORE_TAPS
@@ -131,17 +131,20 @@ class _Desk:
     def _together(self, items: Sequence[Tapped]) -> list[_Made]:
         if not items:
             return []
-        names = [self._payload_name(it.read.arm, it.read.phase_name, it.read.step, it.layer, it.tensor) for it in items]
-        extras = [
-            _NOTHING
-            if name is None and item.tensor != "logits"
-            else Extra(_top_of(item), self._reference(item.read.arm, name))
-            for item, name in zip(items, names, strict=True)
-        ]
-        made = zip(self._maker.lines(items, extras), items, names, strict=True)
+        told = [self._told(item) for item in items]
+        lines = self._maker.lines(items, [extra for _, extra in told])
         return [
-            _Made(line, item.read.arm, name or "", None if name is None else item.array) for line, item, name in made
+            _Made(line) if name is None else _Made(line, item.read.arm, name, item.array)
+            for line, item, (name, _) in zip(lines, items, told, strict=True)
         ]
+
+    def _told(self, item: Tapped) -> tuple[str | None, Extra]:
+        """Return the name under which a tensor is kept, and what its line says of that, and of logits."""
+        if self.header.payload == "none" and item.tensor != "logits":
+            return None, NOTHING
+        read = item.read
+        name = self._payload_name(read.arm, read.phase_name, read.step, item.layer, item.tensor)
+        return name, Extra(_top_of(item), self._reference(read.arm, name))
 
     def _alone(self, item: Tapped | Recorded | Event) -> _Made:
         if isinstance(item, Event):
@@ -226,9 +229,6 @@ def _header(plan: Plan, engine: Engine, tokens: tuple[int, ...], options: Captur
 
 def _keeps_payload(arm: str) -> bool:
     return arm[0] in PAYLOAD_ARMS and not arm.endswith("'")
-
-
-_NOTHING = Extra()
 
 
 def _top_of(item: Tapped) -> Top | None:

@@ -15,6 +15,7 @@ from driftprobe.engines.hf.host import Transfer, to_array
 from driftprobe.errors import EngineError
 from driftprobe.plan import Read
 from driftprobe.taps import BY_NAME, execution_order
+from driftprobe.taps import place as place_in_words
 
 
 class HandOut:
@@ -75,20 +76,22 @@ class HandOut:
             for place in places
         ]
 
-    def _note(self, place: Place, which: int) -> tuple[int, str]:
-        """Return where a tap's rows begin, and where it comes from."""
-        starts = self.heard.row_start.get(place)
-        return 0 if starts is None else starts[which], _SOURCES[place in self.heard.recomputed]
+    def _note(self, place: Place, which: int) -> _Note:
+        """Return what has to be known of a tap beside its tensor."""
+        starts, lent = self.heard.row_start.get(place), self.heard.lent.get(place)
+        start = 0 if starts is None else starts[which]
+        return start, _SOURCES[place in self.heard.recomputed], None if lent is None else lent[1]
 
-    def _all_tapped(
-        self, which: int, tensors: list[tuple[Place, torch.Tensor]], notes: list[tuple[int, str]]
-    ) -> list[Tapped]:
+    def _all_tapped(self, which: int, tensors: list[tuple[Place, torch.Tensor]], notes: list[_Note]) -> list[Tapped]:
         told = zip(tensors, notes, strict=True)
         return [self._tapped(which, place, tensor, note) for (place, tensor), note in told]
 
-    def _tapped(self, which: int, place: Place, host: torch.Tensor, note: tuple[int, str]) -> Tapped:
-        read = self.reads[which]
-        return Tapped(read, place[0], place[1], to_array(host), read.position, note[0], note[1])
+    def _tapped(self, which: int, place: Place, host: torch.Tensor, note: _Note) -> Tapped:
+        read, array = self.reads[which], to_array(host)
+        start, source, heads = note
+        if heads is not None:
+            array = array[0].reshape(1, heads, -1) if heads else array[0]
+        return Tapped(read, place[0], place[1], array, read.position, start, source)
 
     def _check_rows(self) -> None:
         """Refuse rows that were read in place and have been written to since."""
@@ -99,6 +102,15 @@ class HandOut:
                 measured=f"written to in place, in {len(changed)} layers", allowed="a cache that appends by copying",
                 next_step="if a hook of yours writes into the cache, let it put new tensors there instead",
             )  # fmt: skip
+        lent = self.heard.lent
+        spent = [place for place, (version, _) in lent.items() if self.heard.taps[place][0]._version != version]
+        if spent:
+            layer, tensor = min(spent, key=lambda each: _order(*each))
+            raise EngineError(
+                "a tensor changed while it was read", where=place_in_words(layer, tensor),
+                measured=f"written to in place, {len(spent)} taps", allowed="tensors that stay as they were made",
+                next_step="if a hook of yours writes into them, put it in before the engine is made: a trial sees it",
+            )  # fmt: skip
 
 
 @lru_cache(maxsize=1 << 12)
@@ -107,6 +119,8 @@ def _places(layer: int | None) -> tuple[Place, ...]:
     return tuple(sorted(((layer, name) for name in BY_NAME), key=lambda place: execution_order(*place)))
 
 
+_Note = tuple[int, str, "int | None"]
+"""The position of the first row, where the tensor comes from, and its heads where it is lent (Heard.lent)."""
 _SOURCES = ("captured", "recomputed")
 
 _order = lru_cache(maxsize=1 << 14)(execution_order)
