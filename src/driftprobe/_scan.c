@@ -28,6 +28,8 @@ typedef struct {
     char *text[MAX_WORDS];
     int32_t size[MAX_WORDS];
     int32_t slots[2 * MAX_WORDS];
+    int32_t next[MAX_WORDS]; /* the word that came after this one in the same field: a guess */
+    int32_t last[32];        /* the last word of each field */
     int32_t count;
 } words;
 
@@ -72,6 +74,26 @@ static int string(text *t, const char **start, size_t *size) {
     return 1;
 }
 
+/* Append eight digits at once; 0 where there are fewer. Bytes are numbers here, so that the order of bytes counts. */
+static int eight(const char *at, const char *end, uint64_t *value) {
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    uint64_t d;
+    if (end - at < 8) return 0;
+    memcpy(&d, at, 8);
+    if ((d & 0xf0f0f0f0f0f0f0f0u) != 0x3030303030303030u) return 0;
+    d &= 0x0f0f0f0f0f0f0f0fu;
+    if ((d + 0x0606060606060606u) & 0xf0f0f0f0f0f0f0f0u) return 0;  /* one above nine */
+    d = (d * 10 + (d >> 8)) & 0x00ff00ff00ff00ffu;                  /* pairs */
+    d = (d * 100 + (d >> 16)) & 0x0000ffff0000ffffu;                /* fours */
+    d = (d * 10000 + (d >> 32)) & 0xffffffffu;
+    *value = *value * 100000000u + d;
+    return 1;
+#else
+    (void)at, (void)end, (void)value;
+    return 0;
+#endif
+}
+
 /* Take digits; `count` leaves zeros at the front out, and only 19 of those that are counted go into the value. */
 static int digits(text *t, uint64_t *value, int *count) {
     const char *at = t->at, *first;
@@ -79,7 +101,9 @@ static int digits(text *t, uint64_t *value, int *count) {
     int more;
     if (!*count)
         while (at < t->end && *at == '0') at++;
-    for (first = at; at < t->end && (unsigned char)(*at - '0') < 10; at++) {
+    first = at;
+    while (*count + (at - first) + 8 <= 19 && eight(at, t->end, &found)) at += 8;
+    for (; at < t->end && (unsigned char)(*at - '0') < 10; at++) {
         if (*count + (at - first) < 19) found = found * 10u + (uint64_t)(*at - '0');
     }
     more = at > t->at;
@@ -193,16 +217,39 @@ static int32_t word(words *known, const char *start, size_t size) {
     return known->count++;
 }
 
-static int named(text *t, words *known, int32_t *id) {
+/* The word that is likely next in a field, if it is what stands there between `open` and `close`; -1 if not. */
+static int32_t guessed(text *t, const words *known, int which, char open, char close) {
+    int32_t guess = known->next[known->last[which]];
+    int64_t size, ends = open != 0;
+    if (guess >= known->count) return -1;
+    size = known->size[guess];
+    if (t->end - t->at < size + 2 * ends || (ends && *t->at != open)) return -1;
+    if (memcmp(t->at + ends, known->text[guess], (size_t)size) || (ends && t->at[size + 1] != close)) return -1;
+    t->at += size + 2 * ends;
+    return guess;
+}
+
+/* Note which word a field had, so that the next can be guessed. */
+static void learn(words *known, int which, int32_t id) {
+    known->next[known->last[which]] = id;
+    known->last[which] = id;
+}
+
+static int named(text *t, words *known, int which, int32_t *id) {
     const char *start;
     size_t size;
-    return string(t, &start, &size) && (*id = word(known, start, size)) >= 0;
+    if ((*id = guessed(t, known, which, '"', '"')) < 0) {
+        if (!string(t, &start, &size) || (*id = word(known, start, size)) < 0) return 0;
+    }
+    return learn(known, which, *id), 1;
 }
 
 /* The axes of a shape, taken as one word. */
-static int shape(text *t, words *known, int32_t *id) {
+static int shape(text *t, words *known, int which, int32_t *id) {
     const char *start = t->at;
     int64_t axis;
+    if (t->at < t->end && *t->at == '[' && known->count && known->text[known->next[known->last[which]]][0] == '['
+        && (*id = guessed(t, known, which, 0, 0)) >= 0) return learn(known, which, *id), 1;
     if (!take(t, '[')) return 0;
     if (t->at < t->end && *t->at != ']')
         do {
@@ -210,7 +257,8 @@ static int shape(text *t, words *known, int32_t *id) {
         } while (take(t, ','));
     if (t->at >= t->end || *t->at != ']') return 0;
     t->at++;
-    return (*id = word(known, start, (size_t)(t->at - start))) >= 0;
+    if ((*id = word(known, start, (size_t)(t->at - start))) < 0) return 0;
+    return learn(known, which, *id), 1;
 }
 
 typedef struct {
@@ -256,18 +304,18 @@ static int field(text *t, int which, sink *out, row *r) {
     size_t size;
     switch (which) {
     case F_TYPE: return string(t, &start, &size) && size == 6 && !memcmp(start, "record", 6);
-    case F_PROMPT: return named(t, out->known, &r->prompt);
-    case F_PHASE: return named(t, out->known, &r->phase);
+    case F_PROMPT: return named(t, out->known, which, &r->prompt);
+    case F_PHASE: return named(t, out->known, which, &r->phase);
     case F_LAYER: return layer(t, r);
-    case F_TENSOR: return named(t, out->known, &r->tensor);
+    case F_TENSOR: return named(t, out->known, which, &r->tensor);
     case F_HASH: return hash(t, &r->hash);
-    case F_ARM: return named(t, out->known, &r->arm);
+    case F_ARM: return named(t, out->known, which, &r->arm);
     case F_STEP: return integer(t, &r->step);
     case F_TOKEN: return integer(t, &r->token_id);
     case F_IDX: return integer(t, &r->logical_tok_idx);
     case F_POS: return integer(t, &r->pos_id);
-    case F_DTYPE: return named(t, out->known, &r->dtype);
-    case F_SHAPE: return shape(t, out->known, &r->shape);
+    case F_DTYPE: return named(t, out->known, which, &r->dtype);
+    case F_SHAPE: return shape(t, out->known, which, &r->shape);
     case F_NZ: return integer(t, &r->nz_count);
     case F_ABS: return number(t, &r->abs_sum);
     case F_MIN: return number(t, &r->min);
@@ -279,7 +327,7 @@ static int field(text *t, int which, sink *out, row *r) {
     case F_SKETCH: return sketch(t, out, r);
     case F_ROWS: return hashes(t, out, r);
     case F_START: return integer(t, &r->row_start);
-    default: return named(t, out->known, &r->source);
+    default: return named(t, out->known, which, &r->source);
     }
 }
 
@@ -291,6 +339,15 @@ static int which_field(const char *name, size_t size, int guess) {
         if (SIZES[at] == size && NAMES[at][0] == name[0] && !memcmp(NAMES[at], name, size)) return at;
     }
     return -1;
+}
+
+/* Take a field's name and colon, as our own writer puts them, if it is the one that comes next in most lines. */
+static int foretold(text *t, int which) {
+    int64_t size = which < F_COUNT ? SIZES[which] : 0;
+    if (!size || t->end - t->at < size + 3 || t->at[0] != '"' || t->at[size + 1] != '"' || t->at[size + 2] != ':') return 0;
+    if (memcmp(t->at + 1, NAMES[which], (size_t)size)) return 0;
+    t->at += size + 3;
+    return blanks(t), 1;
 }
 
 /* Read one line, without its end; 0 where it is not ours to read. */
@@ -305,8 +362,11 @@ static int record(text *t, sink *out, row *r) {
     r->dtype = r->shape = r->source = r->sums = r->rows = -1;
     if (!take(t, '{')) return 0;
     do {
-        if (!string(t, &name, &size) || !take(t, ':')) return 0;
-        which = which_field(name, size, which + 1);
+        which++;
+        if (!foretold(t, which)) {
+            if (!string(t, &name, &size) || !take(t, ':')) return 0;
+            which = which_field(name, size, which);
+        }
         if (which < 0 || seen >> which & 1u || !field(t, which, out, r)) return 0;
         seen |= 1u << which;
     } while (take(t, ','));
@@ -371,18 +431,17 @@ static void *array(PyObject *room, int which, int64_t *free_of_it, int64_t *befo
 
 static PyObject *scan(PyObject *self, PyObject *args) {
     PyObject *data, *capsule, *room;
-    char *start;
-    Py_ssize_t length, from;
-    long long base, size;
+    const char *start;
+    long long length, from, base, size;
     int64_t rows = 0, used, before;
     sink out;
     (void)self;
-    if (!PyArg_ParseTuple(args, "O!nLO!OL", &PyBytes_Type, &data, &from, &base, &PyTuple_Type, &room, &capsule, &size))
-        return NULL;
+    if (!PyArg_ParseTuple(args, "OLLLO!OL", &data, &length, &from, &base, &PyTuple_Type, &room, &capsule, &size)) return NULL;
     memset(&out, 0, sizeof out);
     out.known = (words *)PyCapsule_GetPointer(capsule, "driftprobe.words");
-    if (!out.known || PyBytes_AsStringAndSize(data, &start, &length) < 0) return NULL;
-    if (from < 0 || from > length) return PyErr_Format(PyExc_ValueError, "from %zd of %zd bytes", from, length);
+    start = (const char *)PyLong_AsVoidPtr(data);
+    if (!out.known || PyErr_Occurred()) return NULL;
+    if (from < 0 || from > length) return PyErr_Format(PyExc_ValueError, "from %lld of %lld bytes", from, length);
     if (size < 1 || PyTuple_Size(room) != 9) return PyErr_Format(PyExc_ValueError, "a sketch of %lld sums, or no room", size);
     out.sketch_size = size;
     out.rows = (row *)array(room, 0, &out.room_rows, &before);
@@ -399,7 +458,7 @@ static PyMethodDef methods[] = {
     {"words", new_words, METH_NOARGS, "words(): an empty table of names"},
     {"list_words", list_words, METH_O, "list_words(table): the names, in order of their numbers"},
     {"scan", scan, METH_VARARGS,
-     "scan(data, start, base, room, table, size): bytes read, and how many rows, sums and hashes were written. `room` has "
+     "scan(address, length, start, base, room, table, size): bytes read, and how many rows, sums and hashes were written. `room` has "
      "address, free elements and elements before of each of the three."},
     {NULL, NULL, 0, NULL}};
 

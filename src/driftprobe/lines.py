@@ -12,11 +12,16 @@ from dataclasses import dataclass
 import msgspec
 
 from driftprobe.engines.base import Tapped
-from driftprobe.fingerprint import core, dtype_name, for_core
+from driftprobe.fingerprint import dtype_name, for_core
 from driftprobe.plan import Read
 from driftprobe.taps import CACHE_TAPS
 from driftprobe.trace import Line, Record, Top, faults_of
 from driftprobe.trace_checks import Fault
+
+try:
+    from driftprobe import _core as core
+except ImportError:  # not built here
+    core = None  # type: ignore[assignment]
 
 BUILT = hasattr(core, "lines")
 """Whether the core can write lines here: it needs integers of 128 bits."""
