@@ -1,7 +1,8 @@
 # make demo   set up into .venv, run both modes on the built-in model, print the verdict and where the report lies
 # make test   set up and run all tests        make check   format, lint, types        make clean   remove .venv
 # make engines   build llama.cpp into .venv too (some minutes, once); its tests then run
-# make bench      measure speed beside peers into docs/performance.md (ten minutes, alone)   make bench-quick   CI's part
+# make bench      measure speed beside peers into docs/performance.md (some minutes, alone)  make bench-quick   CI's part
+# make bench-scale   the long part of it: prompts of 32,768 tokens, 10 and 16 million records (half an hour, alone)
 # make accuracy   measure error rates on planted faults and benign variations; goes on where it was stopped
 PYTHON ?= python3
 VENV := .venv
@@ -12,10 +13,10 @@ TRANSFORMERS ?= transformers==5.23.0
 LLAMA_CMAKE ?= -DGGML_NATIVE=OFF
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test check clean setup engines calibrate accuracy bench bench-quick
+.PHONY: demo test check clean setup engines calibrate accuracy bench bench-quick bench-scale
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml Makefile hatch_build.py include/driftprobe.h src/driftprobe/_core.c src/driftprobe/_scan.c
+$(STAMP): pyproject.toml Makefile hatch_build.py include/driftprobe.h $(wildcard src/driftprobe/*.[ch])
 	@echo "setting up $(VENV) (once; a minute or two)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: driftprobe needs Python 3.10 or later; call make with PYTHON=python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +48,9 @@ accuracy: $(STAMP)
 bench: $(STAMP)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[bench]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed
+
+bench-scale: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --only long scale
 
 bench-quick: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --quick

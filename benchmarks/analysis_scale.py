@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -86,7 +87,7 @@ def write_trace(folder: Path, shape: Shape, prompt: str, seed: int) -> None:
     path = folder / f"{prompt}_as_designed.jsonl"
     checks = Checks(path.name)
     first = encode_line("header", header)
-    checks.item(1, first, header)
+    checks.item(1, first, header, [])
     with path.open("wb") as file:
         file.write(first)
         for arm in ARMS:
@@ -185,7 +186,9 @@ def judged(folder: Path, container: str, kind: str, records: int, rounds: int, l
     """Judge a folder in processes of their own and return the best figures."""
     found = []
     for _ in range(rounds):
-        done = subprocess.run([sys.executable, "-c", _JUDGE, str(folder)], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", _JUDGE, str(folder)]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         found.append(json.loads(done.stdout))
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     wall, processor, peak = (pick(run[i] for run in found) for i, pick in enumerate((min, min, max)))

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import pytest
 
 from driftprobe import background
-from driftprobe.background import Background, Begun
+from driftprobe.background import Background
 
 
 def test_what_was_begun_first_is_written_in_the_order_in_which_it_was_put() -> None:
     written: list[int] = []
-    with Background(lambda n: n * n, written.extend) as work:
-        early = work.begin([7, 8, 9])
-        for item in (Begun(1), early[2], Begun(2), early[0]):
+    with Background(squares, written.extend) as work:
+        early, whole = work.begin(lambda: [7, 8, 9], 3, 24), work.begin(lambda: [5, 6], 2, 16)
+        for item in (1, early.one(2), 2, 3, early.one(0), whole):
             work.put(item)
-    assert written == [1, 81, 4, 49]  # 8 was begun and never put
+    assert written == [1, 81, 4, 9, 49, 25, 36]  # 8 was begun and never put
+
+
+def squares(numbers: Sequence[int]) -> list[int]:
+    return [n * n for n in numbers]
+
+
+def inverses(numbers: Sequence[int]) -> list[int]:
+    return [1 // n for n in numbers]
 
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_what_goes_wrong_in_the_thread_is_raised_where_the_run_goes_on(begun: bool) -> None:
-    with pytest.raises(ZeroDivisionError), Background(lambda n: 1 // n, lambda _: None) as work:
-        work.put(work.begin([0])[0] if begun else Begun(0))
+    with pytest.raises(ZeroDivisionError), Background(inverses, lambda _: None) as work:
+        work.put(work.begin(lambda: [0], 1, 8) if begun else 0)
         work.drain()
         pytest.fail("drain went on")
 
@@ -35,9 +44,9 @@ def test_a_writer_that_fails_stops_the_run_and_is_not_asked_again() -> None:
         raise OSError("no room")
 
     def run() -> None:
-        with Background(lambda n: n, write) as work:
+        with Background(squares, write) as work:
             while True:
-                work.put(Begun(1))
+                work.put(1)
 
     with pytest.raises(OSError, match="no room"):
         run()
@@ -45,8 +54,8 @@ def test_a_writer_that_fails_stops_the_run_and_is_not_asked_again() -> None:
 
 
 def test_an_error_of_the_run_itself_is_not_hidden_and_drops_what_waits() -> None:
-    with pytest.raises(KeyError), Background(lambda n: n, lambda _: None) as work:
-        work.put(Begun(1))
+    with pytest.raises(KeyError), Background(squares, lambda _: None) as work:
+        work.put(1)
         raise KeyError("mine")
 
 
@@ -55,9 +64,9 @@ def test_a_slow_disk_holds_the_run_back_before_memory_is_gone(monkeypatch: pytes
     may_write, put = threading.Event(), []
 
     def run() -> None:
-        with Background(lambda n: n, lambda _: may_write.wait(60)) as work:
+        with Background(squares, lambda _: may_write.wait(60)) as work:
             for n in range(100):
-                work.put(Begun(n), 100)
+                work.put(n, 100)
                 put.append(n)
 
     running = threading.Thread(target=run)

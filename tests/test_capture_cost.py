@@ -218,3 +218,33 @@ def test_a_compiled_model_is_refused_in_words(how: str) -> None:
     with pytest.raises(ModelError, match="a compiled model cannot be listened to") as caught:
         HFEngine(COMPILED[how](models.build("llama")))
     assert "torch.compile on" in str(caught.value)
+
+
+def test_a_tensor_that_is_written_to_behind_its_tap_is_refused_or_known_from_the_trial(tmp_path: Path) -> None:
+    """What fires in a one-token call is lent, not copied; a trial tells which taps that cannot be."""
+    model = models.build("llama", attn="eager")
+    subject = HFEngine(model)
+    plain = captured(subject, tmp_path / "plain").read_bytes()
+    assert not subject._learned.spent
+
+    def spoil(_module: Any, args: Any) -> None:
+        args[0].mul_(1.0)  # what the norm before the MLP had handed out
+
+    model.model.layers[1].mlp.register_forward_pre_hook(spoil)
+    with pytest.raises(EngineError, match="a tensor changed while it was read") as caught:
+        captured(subject, tmp_path / "refused")
+    assert "layer 1 ffn_norm" in str(caught.value)
+    knowing = HFEngine(model)
+    assert (1, "ffn_norm") in knowing._learned.spent
+    assert captured(knowing, tmp_path / "known").read_bytes() == plain
+
+
+def test_a_decode_step_runs_no_copy_for_what_is_lent(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = HFEngine(models.build("llama"))
+    plan, tokens = planned(subject, scores=False)
+    copies = Counter[str]()
+    own = torch.Tensor.narrow_copy
+    monkeypatch.setattr(torch.Tensor, "narrow_copy", lambda *args: copies.update(["copy"]) or own(*args))
+    arm = next(arm for arm in plan.arms if arm.name == "D")
+    assert len(list(subject.run(arm, tokens, frozenset(range(3))))) > 5
+    assert not copies["copy"]

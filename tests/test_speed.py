@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from benchmarks.speed import __main__ as bench
 from benchmarks.speed import quick
 from benchmarks.speed.figures import Ratio, in_turn
+from benchmarks.speed.report import render
 
 
 def test_a_machine_that_slows_down_slows_both_sides() -> None:
@@ -34,3 +40,37 @@ def test_ci_fails_on_a_gross_regression_and_not_on_what_is_usual() -> None:
     for name, limit in quick.LIMITS.items():
         assert quick.judge(usual | {name: 2 * limit}) == [f"{name}: {2 * limit:.2f}, at most {limit:g}"]
         assert quick.judge(usual | {name: float("nan")})
+
+
+def found_in_one_part(ratio: float) -> dict[str, Any]:
+    told = {"median": ratio, "low": ratio, "high": ratio, "repetitions": 3, "base_seconds": 0.04}
+    off_and_on = {"scores off": told, "scores on": told}
+    both = {"prefill": off_and_on, "decode": off_and_on}
+    here = {"cpu": "c", "cores": 2, "load": 0.1, "python": "3", "torch": "2", "transformers": "5", "date": "d"}
+    return {"capture": {"machine": here, "seconds": 9, "found": {"float32": both, "bfloat16": both}}}
+
+
+def test_the_page_tells_what_was_measured_and_what_was_not_and_the_reason_of_a_target_that_is_missed() -> None:
+    page = render(found_in_one_part(1.01))
+    assert "| float32 decode, scores off | ≤ 1.12 | 1.01 | yes |" in page
+    assert "Not measured yet: `python -m benchmarks.speed --only scale`." in page
+    assert "processor time" not in page
+    slow = found_in_one_part(1.5)
+    assert "| float32 decode, scores off | ≤ 1.12 | 1.50 | no |" in render(slow)
+    assert "its profile is not measured yet" in render(slow)
+    shares = {"model": 40.0, "hooks": 2.5, "begun": 6.1, "written": 1.4}
+    slow["breakdown"] = {**slow["capture"], "found": shares}
+    assert "own thread, 2.5 ms" in render(slow)
+
+
+def test_a_part_that_is_measured_anew_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = found_in_one_part(1.01)
+    (tmp_path / "performance.json").write_text(json.dumps(before), encoding="utf-8")
+    row = {"dtype": "float32", "elements": 1 << 20, "fingerprint_gb_s": 9.0, "reading_gb_s": 10.0, "share": 0.9}
+    monkeypatch.setattr(bench, "fingerprints", lambda: [row])
+    monkeypatch.setattr("sys.argv", ["speed", "--only", "fingerprint", "--out", str(tmp_path)])
+    bench.main()
+    known = json.loads((tmp_path / "performance.json").read_text(encoding="utf-8"))
+    assert known["capture"] == before["capture"]
+    assert known["fingerprint"]["found"] == [row]
+    assert "| float32, 1 Mi | ≥ 0.3 | 0.90 | yes |" in (tmp_path / "performance.md").read_text(encoding="utf-8")

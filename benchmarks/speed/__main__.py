@@ -1,6 +1,7 @@
 """`make bench`: everything that docs/performance.md tells, measured here and written there. `--quick` is CI's.
 
-    python -m benchmarks.speed                 some ten minutes on an idle machine; writes docs/performance.md and .json
+    python -m benchmarks.speed                 every part but `scale`, some minutes; writes docs/performance.md and .json
+    python -m benchmarks.speed --only run      one part or several; what the others measured before stays in the files
     python -m benchmarks.speed --quick         under a minute; writes nothing, ends with 1 on a gross regression
 
 Every figure is a ratio of two things measured in turn in the same run: median, and first to last quartile.
@@ -9,7 +10,6 @@ Every figure is a ratio of two things measured in turn in the same run: median, 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -17,14 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.fingerprint import best
-from benchmarks.speed import capture, peers, process, quick
+from benchmarks.speed import breakdown, capture, long, peers, process, quick
 from benchmarks.speed.figures import Ratio
 from benchmarks.speed.report import render
 from benchmarks.speed.subject import llama
@@ -33,8 +33,12 @@ from driftprobe.fingerprint import BUILT, DTYPES, fingerprint
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 DTYPES_TRACED = ("float32", "bfloat16")
 SIZES = (1 << 20, 1 << 26)
-ANALYSIS = ("--records", "1000000")
-"""What benchmarks/analysis_scale.py is asked for, where it is there."""
+ANALYSIS = ("--records", "1000000", "--kind", "lean", "--rounds", "3")
+"""What benchmarks/analysis_scale.py is asked for by the part `analysis`."""
+SCALE = ("--records", "10000000", "16000000", "--kind", "lean", "--rounds", "1", "--layers", "126", "--jsonl-only")
+"""And by the part `scale` (`make bench-scale`): ten times as much, and 126 layers x 20 taps x 64 steps x 100 prompts."""
+LAST = ("scale", "long")
+"""Parts that take longest, and are run only when they are asked for."""
 
 
 def captures(repetitions: int) -> dict[str, Any]:
@@ -58,13 +62,11 @@ def fingerprints() -> list[dict[str, Any]]:
     return found
 
 
-def analysis() -> dict[str, Any]:
-    """Return what benchmarks/analysis_scale.py measures, as it prints it; a process of its own, where it is there."""
-    if importlib.util.find_spec("benchmarks.analysis_scale") is None:
-        return {"reason": "benchmarks/analysis_scale.py is not in this checkout"}
+def analysis(asked: Sequence[str] = ANALYSIS) -> dict[str, Any]:
+    """Return what benchmarks/analysis_scale.py measures, as it prints it; in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "analysis.json"
-        command = [sys.executable, "-m", "benchmarks.analysis_scale", *ANALYSIS, "--json", str(out)]
+        command = [sys.executable, "-m", "benchmarks.analysis_scale", *asked, "--json", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             return {"reason": (done.stderr.strip().splitlines() or ["it failed"])[-1][:200]}
@@ -96,35 +98,58 @@ def _lines(path: str) -> list[str]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Ratio):
         return value.as_json()
-    return {name: _plain(each) for name, each in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list) else value
+
+
+def parts_of(repetitions: int) -> dict[str, Callable[[], Any]]:
+    """Return every part by its name, in the order in which they are run."""
+    return {
+        "capture": lambda: captures(repetitions),
+        "breakdown": lambda: breakdown.measure(repetitions),
+        "peers": lambda: {name: peers.measure(name, max(repetitions // 3, 1)) for name in peers.PEERS},
+        "fingerprint": fingerprints,
+        "run": lambda: process.runs(max(repetitions // 4, 1)),
+        "starts": lambda: process.starts(max(repetitions // 2, 1)),
+        "analysis": analysis,
+        "long": long.measure,
+        "scale": lambda: analysis(SCALE),
+    }
+
+
+def merged(before: dict[str, Any], name: str, found: Any, seconds: float) -> dict[str, Any]:
+    """Return what was measured before with one part anew; each tells its own machine: parts may come from several."""
+    return {**before, name: {"machine": machine(), "seconds": round(seconds), "found": _plain(found)}}
+
+
+def _known(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
 
 
 def main() -> None:
-    """Measure, and write or judge."""
+    """Measure, and write or judge. Each part is written when it is done: a bench that is stopped goes on from there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="CI's: gross regressions alone; writes nothing")
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=tuple(parts_of(1)), help=", ".join(parts_of(1)))
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of performance.md and performance.json")
     parser.add_argument("--repetitions", type=int, default=9)
     given = parser.parse_args()
     if given.quick:
         sys.exit(quick.main())
-    parts: dict[str, Callable[[], Any]] = {
-        "machine": machine,
-        "capture": lambda: captures(given.repetitions),
-        "peers": lambda: {name: peers.measure(name, max(given.repetitions // 3, 1)) for name in peers.PEERS},
-        "fingerprint": fingerprints,
-        "run": lambda: process.runs(max(given.repetitions // 4, 1)),
-        "starts": lambda: process.starts(max(given.repetitions // 2, 1)),
-        "analysis": analysis,
-    }
-    found = {}
-    for name, part in parts.items():
-        started = time.perf_counter()
-        found[name] = part()
-        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "performance.json").write_text(json.dumps(_plain(found), indent=1) + "\n", encoding="utf-8")
-    (given.out / "performance.md").write_text(render(found), encoding="utf-8")
+    figures, page = given.out / "performance.json", given.out / "performance.md"
+    for name, part in parts_of(given.repetitions).items():
+        if name not in given.only if given.only else name in LAST:
+            continue
+        started = time.perf_counter()
+        measured = part()
+        took = time.perf_counter() - started
+        print(f"{name}: {took:.0f} s", file=sys.stderr, flush=True)
+        known = merged(_known(figures), name, measured, took)
+        figures.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        page.write_text(render(known), encoding="utf-8")
 
 
 if __name__ == "__main__":

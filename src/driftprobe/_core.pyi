@@ -1,6 +1,9 @@
 """The compiled fingerprint; see _core.c."""
 
+from typing import Any
+
 def fingerprint(
     address: int, dtype: int, shape: tuple[int, ...], strides: tuple[int, ...], size: int, rows: bool, /
 ) -> tuple[str, int, float, float, float, float, float, int, int, tuple[float, ...], tuple[str, ...] | None]: ...
+def lines(jobs: tuple[tuple[bytes, bytes, bytes, Any, int, bool], ...], size: int, /) -> list[bytes]: ...
 def row_hashes(address: int, dtype: int, shape: tuple[int, ...], strides: tuple[int, ...], /) -> tuple[str, ...]: ...

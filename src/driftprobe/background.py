@@ -1,7 +1,8 @@
 """One thread that fingerprints and writes what an engine hands out, while the engine goes on.
 
-The compiled fingerprint and the disk need no interpreter's lock, so that the model is not held up. Order is that in
-which items are given to `put`, whatever was begun first. What goes wrong in the thread is raised by the next call.
+The compiled core and the disk need no interpreter's lock, so that the model is not held up: what the thread does with
+the lock in its hand, the model waits for. Order is that in which items are given to `put`, whatever was begun first.
+What goes wrong in the thread is raised by the next call.
 """
 
 from __future__ import annotations
@@ -20,31 +21,37 @@ WAITING_BYTES = 256 << 20
 """Bytes of tensors that may wait to be written before `put` waits too: what bounds a run's memory, however long."""
 
 
-class Begun(Generic[T, R]):
-    """An item whose work was begun before it was put: with others of its group, or, alone, not yet."""
+class Begun(Generic[R]):
+    """Items whose work was begun together before they were put: all of them, or one."""
 
-    __slots__ = ("_at", "_group", "item")
+    __slots__ = ("_group", "_which", "count", "size")
 
-    def __init__(self, item: T, group: Future[list[R]] | None = None, at: int = 0) -> None:
-        self.item, self._group, self._at = item, group, at
+    def __init__(self, group: Future[list[R]], count: int, size: int, which: int | None = None) -> None:
+        self._group, self._which = group, which
+        self.count, self.size = count, size
 
-    def result(self, work: Callable[[T], R]) -> R:
-        """Return what was made of the item; called in the thread, behind the work that it waits for."""
-        return work(self.item) if self._group is None else self._group.result()[self._at]
+    def one(self, which: int) -> Begun[R]:
+        """Return one of the items alone."""
+        return Begun(self._group, 1, self.size // max(self.count, 1), which)
+
+    def results(self) -> list[R]:
+        """Return what was made of the items; called in the thread, behind the work that it waits for."""
+        found = self._group.result()
+        return found if self._which is None else [found[self._which]]
 
 
 class Background(Generic[T, R]):
-    """Does `work` for each item and `write` for each group of results, in a thread of its own.
+    """Does `work` for items, several at a time, and `write` for each group of results, in a thread of its own.
 
     A context manager: its end waits for what was put, and raises what went wrong; where it is left by an error, what
     has not begun is dropped.
     """
 
-    def __init__(self, work: Callable[[T], R], write: Callable[[list[R]], None]) -> None:
+    def __init__(self, work: Callable[[Sequence[T]], list[R]], write: Callable[[list[R]], None]) -> None:
         self._work, self._write = work, write
         self._pool = ThreadPoolExecutor(1, "driftprobe-writer")
-        self._waiting: list[Begun[T, R]] = []
-        self._bytes, self._broken = 0, False
+        self._waiting: list[T | Begun[R]] = []
+        self._count, self._bytes, self._broken = 0, 0, False
         self._written: deque[tuple[Future[None], int]] = deque()
 
     def __enter__(self) -> Background[T, R]:
@@ -57,23 +64,24 @@ class Background(Generic[T, R]):
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def begin(self, items: Sequence[T]) -> list[Begun[T, R]]:
-        """Begin the work of items now; each counts once it is put."""
-        group = self._pool.submit(lambda: [self._work(item) for item in items])
-        return [Begun(item, group, at) for at, item in enumerate(items)]
+    def begin(self, items: Callable[[], Sequence[T]], count: int, size: int) -> Begun[R]:
+        """Begin the work of `count` items of `size` bytes, which are made in the thread too; put is what counts."""
+        return Begun(self._pool.submit(lambda: self._work(items())), count, size)
 
-    def put(self, item: Begun[T, R], size: int = 0) -> None:
-        """Queue an item that holds `size` bytes. Raises what went wrong with those before it."""
+    def put(self, item: T | Begun[R], size: int = 0) -> None:
+        """Queue an item that holds `size` bytes, or begun ones. Raises what went wrong with those before."""
         self._waiting.append(item)
-        self._bytes += size
-        if len(self._waiting) >= GROUP or self._bytes >= WAITING_BYTES // 4:
+        begun = isinstance(item, Begun)
+        self._count += item.count if begun else 1  # type: ignore[union-attr]
+        self._bytes += item.size if begun else size  # type: ignore[union-attr]
+        if self._count >= GROUP or self._bytes >= WAITING_BYTES // 4:
             self.flush()
 
     def flush(self) -> None:
         """Let the thread write what was put so far; waits only where WAITING_BYTES wait already."""
         if self._waiting:
             self._written.append((self._pool.submit(self._finish, self._waiting), self._bytes))
-            self._waiting, self._bytes = [], 0
+            self._waiting, self._count, self._bytes = [], 0, 0
         while self._written and (self._written[0][0].done() or sum(n for _, n in self._written) > WAITING_BYTES):
             self._written.popleft()[0].result()
 
@@ -83,10 +91,24 @@ class Background(Generic[T, R]):
         while self._written:
             self._written.popleft()[0].result()
 
-    def _finish(self, group: list[Begun[T, R]]) -> None:
+    def _finish(self, group: list[T | Begun[R]]) -> None:
         """Write a group, unless one before it could not be: a gap would look like a whole."""
         if self._broken:
             return
         self._broken = True
-        self._write([item.result(self._work) for item in group])
+        self._write(self._results(group))
         self._broken = False
+
+    def _results(self, group: list[T | Begun[R]]) -> list[R]:
+        """Return the results of a group in its order; neighbours that were not begun are worked on together."""
+        found: list[R] = []
+        fresh: list[T] = []
+        for item in group:
+            if not isinstance(item, Begun):
+                fresh.append(item)
+                continue
+            if fresh:
+                found += self._work(fresh)
+                fresh = []
+            found += item.results()
+        return found + self._work(fresh) if fresh else found

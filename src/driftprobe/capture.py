@@ -13,6 +13,7 @@ from driftprobe.background import Background, Begun
 from driftprobe.constants import constant_record, tensor_name
 from driftprobe.engines.base import Engine, Recorded, Tapped
 from driftprobe.fingerprint import Array, fields_and_rows, to_float64
+from driftprobe.lines import NOTHING, Extra, LineMaker
 from driftprobe.payload import payload_file, write_payloads
 from driftprobe.plan import Plan, sequence, tokens_needed
 from driftprobe.taps import CACHE_TAPS, SCORE_TAPS
@@ -63,10 +64,8 @@ def capture(
         with Background(desk.work, lambda made: desk.write(writer, made)) as background:
             engine.begin(plan, background.begin)
             for arm in plan.arms:
-                for handed in engine.run(arm, tokens, layers):
-                    item = handed if isinstance(handed, Begun) else Begun(handed)
-                    if _wanted(item.item, header):
-                        background.put(item, _size(item.item))
+                for item in engine.run(arm, tokens, layers):
+                    background.put(item, 0 if isinstance(item, Begun) else _size(item))
                 background.flush()
                 progress(f"{arm.name} {'+'.join(str(c.stop - c.start) for c in arm.passes)} tokens")
         if options.payload != "none":  # without its tensor a constant says nothing
@@ -95,42 +94,82 @@ def _size(item: Tapped | Recorded | Event) -> int:
     return 0 if array is None else array.nbytes
 
 
-_Made = tuple[Line | Event, "Array | None"]
-"""What is written, and the tensor that is kept beside it."""
+@dataclass(slots=True)
+class _Made:
+    """What is written, and the tensor that is kept beside it."""
+
+    what: Line | Event
+    arm: str = ""
+    name: str = ""
+    array: Array | None = None
 
 
 class _Desk:
-    """Turns what an engine hands out into lines and payloads: `work` for each item, whenever; `write` in order."""
+    """Turns what an engine hands out into lines and payloads: `work` for several items, whenever; `write` in order."""
 
     def __init__(self, plan: Plan, tokens: tuple[int, ...], header: Header) -> None:
         self.plan, self.tokens, self.header = plan, tokens, header
         self.kept: dict[str, dict[str, Array]] = {}
         """Arm -> name -> whole tensor."""
+        self._maker = LineMaker(plan.prompt.name, tokens, header.sketch_size)
 
-    def work(self, item: Tapped | Recorded | Event) -> _Made:
-        """Return the line of an item, and its tensor where that is kept whole."""
+    def work(self, items: Sequence[Tapped | Recorded | Event]) -> list[_Made]:
+        """Return the lines of those items that the plan asks for, and their tensors where they are kept whole."""
+        found: list[_Made] = []
+        together: list[Tapped] = []
+        for item in items:
+            if not _wanted(item, self.header):
+                continue
+            if isinstance(item, Tapped) and self._maker.takes(item):
+                together.append(item)
+                continue
+            found += self._together(together)
+            together = []
+            found.append(self._alone(item))
+        return found + self._together(together)
+
+    def _together(self, items: Sequence[Tapped]) -> list[_Made]:
+        if not items:
+            return []
+        told = [self._told(item) for item in items]
+        lines = self._maker.lines(items, [extra for _, extra in told])
+        return [
+            _Made(line) if name is None else _Made(line, item.read.arm, name, item.array)
+            for line, item, (name, _) in zip(lines, items, told, strict=True)
+        ]
+
+    def _told(self, item: Tapped) -> tuple[str | None, Extra]:
+        """Return the name under which a tensor is kept, and what its line says of that, and of logits."""
+        if self.header.payload == "none" and item.tensor != "logits":
+            return None, NOTHING
+        read = item.read
+        name = self._payload_name(read.arm, read.phase_name, read.step, item.layer, item.tensor)
+        return name, Extra(_top_of(item), self._reference(read.arm, name))
+
+    def _alone(self, item: Tapped | Recorded | Event) -> _Made:
         if isinstance(item, Event):
-            return item, None
+            return _Made(item)
         record = self._record(item) if isinstance(item, Tapped) else self._adopted(item)
-        name, array = self._payload_name(record), item.array
-        if array is None or name is None:
-            return line_of(record, self.header.sketch_size), None
-        record = replace(record, payload=f"{payload_file(trace_name(self.plan), record.arm)}#{name}")
-        return line_of(record, self.header.sketch_size), array
+        name = self._payload_name(record.arm, record.phase, record.step, record.layer, record.tensor)
+        if item.array is None or name is None:
+            return _Made(line_of(record, self.header.sketch_size))
+        record = replace(record, payload=self._reference(record.arm, name))
+        return _Made(line_of(record, self.header.sketch_size), record.arm, name, item.array)
 
     def write(self, writer: TraceWriter, made: Sequence[_Made]) -> None:
         """Write lines, and keep their tensors for later."""
-        writer.group(what for what, _ in made)
-        for line, array in made:
-            if array is not None and isinstance(line, Line) and isinstance(line.item, Record):
-                name = self._payload_name(line.item)
-                assert name is not None
-                self.kept.setdefault(line.item.arm, {})[name] = array
+        writer.group(each.what for each in made)
+        for each in made:
+            if each.array is not None:
+                self.kept.setdefault(each.arm, {})[each.name] = each.array
 
-    def _payload_name(self, record: Record) -> str | None:
-        if self.header.payload == "none" or not _keeps_payload(record.arm):
+    def _payload_name(self, arm: str, phase: str, step: int, layer: int | None, tensor: str) -> str | None:
+        if self.header.payload == "none" or not _keeps_payload(arm):
             return None
-        return f"{record.phase}.{record.step}.{'model' if record.layer is None else record.layer}.{record.tensor}"
+        return f"{phase}.{step}.{'model' if layer is None else layer}.{tensor}"
+
+    def _reference(self, arm: str, name: str | None) -> str | None:
+        return None if name is None else f"{payload_file(trace_name(self.plan), arm)}#{name}"
 
     def _record(self, item: Tapped) -> Record:
         read = item.read
@@ -149,7 +188,7 @@ class _Desk:
             rows=rows,
             row_start=item.row_start,
             source=item.source,
-            top=top_of(item.array) if item.tensor == "logits" else None,
+            top=_top_of(item),
         )
 
     def _adopted(self, item: Recorded) -> Record:
@@ -190,6 +229,10 @@ def _header(plan: Plan, engine: Engine, tokens: tuple[int, ...], options: Captur
 
 def _keeps_payload(arm: str) -> bool:
     return arm[0] in PAYLOAD_ARMS and not arm.endswith("'")
+
+
+def _top_of(item: Tapped) -> Top | None:
+    return top_of(item.array) if item.tensor == "logits" else None
 
 
 def top_of(logits: Array) -> Top | None:

@@ -7,6 +7,7 @@ from Parquet.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -32,12 +33,89 @@ Array = npt.NDArray[Any]
 MAX_STEPS = 1 << 20
 
 
+class Rows:
+    """Rows of ROW as columns that each lie in one piece: a column is made when it is first asked for."""
+
+    def __init__(self, length: int, load: Callable[[str], Array], structured: Array | None = None) -> None:
+        self._length, self._load, self._structured = length, load, structured
+        self._columns: dict[str, Array] = {}
+
+    @classmethod
+    def of_structured(cls, rows: Array) -> Rows:
+        """Return the rows that the scanner wrote."""
+        return cls(len(rows), lambda _name: np.zeros(0), rows)
+
+    @classmethod
+    def of_columns(cls, columns: dict[str, Array]) -> Rows:
+        """Return rows from their columns, which are not copied."""
+        found = cls(len(columns["hash"]), columns.__getitem__)
+        found._columns = columns
+        return found
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, name: str) -> Array:
+        """Return a column."""
+        if self._structured is not None:
+            self._columns, self._structured = _turned(self._structured), None
+        found = self._columns.get(name)
+        if found is None:
+            found = self._columns[name] = self._load(name)
+        return found
+
+    def part(self, which: slice | Array) -> Rows:
+        """Return some of the rows: a slice, or those of indices or of a mask."""
+        if self._structured is not None and isinstance(which, slice):
+            return Rows.of_structured(self._structured[which])
+        if isinstance(which, slice):
+            count = len(range(*which.indices(self._length)))
+        else:
+            count = int(which.sum()) if which.dtype == np.bool_ else len(which)
+        return Rows(count, lambda name: np.ascontiguousarray(self[name][which]))
+
+    def put(self, index: int, row: Any) -> None:
+        """Write one row; where the scanner wrote the rows, before any column is asked for."""
+        if self._structured is not None:
+            self._structured[index] = row
+            return
+        for name in ROW.names or ():
+            column = self._columns[name] = np.require(self[name], requirements="W")
+            column[index] = row[name]
+
+    def with_another(self, **values: int) -> Rows:
+        """Return these rows and one of zeros but for these values, behind them."""
+        more = np.zeros((), ROW)
+        for name, value in values.items():
+            more[name] = value
+        return Rows.of_columns({name: np.append(self[name], more[name]) for name in ROW.names or ()})
+
+    def items(self, which: Sequence[int]) -> list[tuple[Any, ...]]:
+        """Return rows as Python's numbers, in the order of ROW."""
+        at = np.asarray(which, dtype=np.int64)
+        return list(zip(*(self[name][at].tolist() for name in ROW.names or ()), strict=True))
+
+
+BLOCK = 2048
+"""Rows that are turned into columns at a time: so many stay in the cache, and memory is read once."""
+
+
+def _turned(rows: Array) -> dict[str, Array]:
+    names = ROW.names or ()
+    found = {name: np.empty(len(rows), ROW[name]) for name in names}
+    for start in range(0, len(rows), BLOCK):
+        block = rows[start : start + BLOCK]
+        for name in names:
+            found[name][start : start + BLOCK] = block[name]
+    return found
+
+
 @dataclass(frozen=True)
 class Columns:
     """One whole trace, every line of it checked."""
 
     header: Header
-    rows: Array
+    rows: Rows
     """A row of ROW for each record, in the order of the file."""
     sums: npt.NDArray[np.float64]
     """Sketches `[sketches, sums]`."""
@@ -52,10 +130,16 @@ class Columns:
 
     def record(self, index: int) -> Record:
         """Return one record as the object that a reader of lines makes."""
-        if index in self.odd:
-            return self.odd[index]
+        return self.records([index])[0]
+
+    def records(self, which: Sequence[int]) -> list[Record]:
+        """Return several records; a tenth of the time that it takes one by one."""
+        rows = zip(which, self.rows.items(which), strict=True)
+        return [self.odd[index] if index in self.odd else self._record(index, row) for index, row in rows]
+
+    def _record(self, index: int, row: tuple[Any, ...]) -> Record:
         (_, step, token, position, pos_id, nz, nans, infs, start, _, tag, abs_sum, low, high, mean, l2, _, layer, phase,
-         arm, tensor, dtype, shape, source, prompt, sums, rows, _) = self.rows[index].item()  # fmt: skip
+         arm, tensor, dtype, shape, source, prompt, sums, rows, _) = row  # fmt: skip
         word = self.words
         return Record(
             prompt=word[prompt], phase=word[phase], layer=None if layer < 0 else layer, tensor=word[tensor],
@@ -71,8 +155,8 @@ class Columns:
 
     def row_hashes(self, index: int) -> npt.NDArray[np.uint64]:
         """Return the row hashes of one cache record."""
-        row = self.rows[index]
-        return self.hashes[row["rows_at"] : row["rows_at"] + max(int(row["rows"]), 0)]
+        start, count = int(self.rows["rows_at"][index]), int(self.rows["rows"][index])
+        return self.hashes[start : start + max(count, 0)]
 
     def number_of(self, word: str) -> int:
         """Return the number of a word, or -2 where no record has it."""
@@ -111,7 +195,7 @@ def breaks_a_must(columns: Columns) -> bool:
     suspects = {*_extremes(columns), *_of_each_name(columns), *columns.odd}
     constants = np.flatnonzero(rows["arm"] == columns.number_of(CONSTANTS))
     suspects.update(constants.tolist())
-    return any(record_faults(columns.record(index), size) for index in suspects)
+    return any(record_faults(record, size) for record in columns.records(sorted(suspects)))
 
 
 def _extremes(columns: Columns) -> list[int]:

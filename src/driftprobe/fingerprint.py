@@ -120,7 +120,7 @@ def canonical_bytes(array: Array) -> bytes:
 def row_hashes(array: Array) -> tuple[str, ...]:
     """Return the hash of each slice along the first axis (one a position for a K/V cache tap)."""
     if core is not None and array.ndim:
-        where, _alive = _for_core(array)
+        where, _alive = _where_for_core(array)
         hashes: tuple[str, ...] = core.row_hashes(*where)
         return hashes
     return tuple(hash_bytes(canonical_bytes(row)) for row in array)
@@ -145,7 +145,7 @@ def fields_and_rows(
     if core is None:
         print_ = reference_fingerprint(array, sketch_size)
         return {name: getattr(print_, name) for name in _FIELDS}, row_hashes(array) if rows else None
-    where, _alive = _for_core(array)
+    where, _alive = _where_for_core(array)
     *measured, hashes = core.fingerprint(*where, sketch_size, rows)
     return dict(zip(_FIELDS, (dtype_name(array), array.shape, *measured), strict=True)), hashes
 
@@ -155,20 +155,26 @@ _FIELDS = tuple(spec.name for spec in fields(Fingerprint))
 _Where = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
-def _for_core(array: Array) -> tuple[_Where, Array]:
-    """Return an array as the core takes it (address, dtype, shape, strides in bytes), and what keeps it alive.
+def for_core(array: Array) -> tuple[Array, int]:
+    """Return an array as the core can read it, and its dtype's number there.
 
-    An array in another byte order, with odd strides or of many axes is copied first.
+    An array in another byte order, with odd strides or of many axes is copied first. Raises KeyError where the format
+    has no such dtype.
     """
     code = _CODE_OF.get(array.dtype)
     if code is None:
         array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("=")))
         code = _CODES[dtype_name(array)]
-    size, strides = array.dtype.itemsize, array.strides
-    if array.ndim > _MAX_DIMS or (size > 1 and any(stride % size for stride in strides)):
+    size = array.dtype.itemsize
+    if array.ndim > _MAX_DIMS or (not array.flags.aligned and any(stride % size for stride in array.strides)):
         array = np.ascontiguousarray(array).reshape(array.shape[0], math.prod(array.shape[1:]))
-        strides = array.strides
-    return (array.ctypes.data, code, array.shape, strides), array
+    return array, code
+
+
+def _where_for_core(array: Array) -> tuple[_Where, Array]:
+    """Return where an array lies (address, dtype, shape, strides in bytes), and what keeps it alive."""
+    array, code = for_core(array)
+    return (array.ctypes.data, code, array.shape, array.strides), array
 
 
 def reference_fingerprint(array: Array, sketch_size: int = SKETCH_SIZE) -> Fingerprint:

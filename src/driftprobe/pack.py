@@ -10,14 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from driftprobe.artifacts import written
-from driftprobe.columns import ROW, Columns
+from driftprobe.columns import Columns
 from driftprobe.errors import OutputError, TraceError, UsageError
 from driftprobe.fingerprint import SKETCH_BLOCK, SKETCH_SIZE
 from driftprobe.load import traces_folder
-from driftprobe.packed import ENDING, line_of, pack, read_packed
+from driftprobe.packed import AT_A_TIME, ENDING, lines_of, pack, read_packed
 from driftprobe.scan import BUILT, GivenUpError, Scanning
 from driftprobe.trace import Header, read_header, too_long
 
@@ -92,11 +90,11 @@ def _packed(path: Path, part: Path) -> int:
     scanning, digest, last = Scanning(size, path.stat().st_size), hashlib.sha256(), b""
     try:
         with path.open("rb") as file:
-            for data, _, _ in scanning.chunks(file):
-                start = data.rfind(b"\n", 0, len(data) - 1) + 1
+            for data, place, _ in scanning.chunks(file):
+                start = scanning.last_line() - place if data[-1] == 10 else 0  # only the end of a file has no newline
                 digest.update(last)
-                digest.update(memoryview(data)[:start])
-                last = data[start:]
+                digest.update(data[:start])
+                last = bytes(data[start:])
     except GivenUpError as error:
         raise too_long(path.name, scanning.room.used[0] + 1).as_error() from error
     columns = _columns(scanning, path.stat().st_size, path.name)
@@ -119,9 +117,7 @@ def _columns(scanning: Scanning, length: int, name: str) -> Columns:
     if len(rows):
         end = int(rows["at"][-1] + rows["length"][-1])
     if end < length:
-        cut = np.zeros(1, ROW)
-        cut["at"], cut["length"] = end, length - end
-        rows = np.concatenate([rows, cut])
+        rows = rows.with_another(at=end, length=length - end)
     header = Header(prompt="", sketch_size=scanning.size)
     return Columns(header, rows, parts.sums, parts.hashes, parts.words, (), name)
 
@@ -129,11 +125,16 @@ def _columns(scanning: Scanning, length: int, name: str) -> Columns:
 def _not_given_back(columns: Columns, path: Path) -> dict[int, bytes]:
     """Return the lines that their columns do not give back to the byte, by row."""
     raw = {}
+    taken, lengths = columns.rows["taken"].tolist(), columns.rows["length"].tolist()
     with path.open("rb") as file:
-        for index, (taken, length) in enumerate(columns.rows[["taken", "length"]].tolist()):
-            line = file.read(length)
-            if not taken or line != line_of(columns, index):
-                raw[index] = line
+        for start in range(0, len(taken), AT_A_TIME):
+            block = range(start, min(start + AT_A_TIME, len(taken)))
+            plain = [index for index in block if taken[index]]
+            ours = dict(zip(plain, lines_of(columns, plain), strict=True))
+            for index in block:
+                line = file.read(lengths[index])
+                if line != ours.get(index):
+                    raw[index] = line
     return raw
 
 

@@ -7,7 +7,7 @@ bytes, and kept whole (`raw`) where it does not. polars reads and writes the fil
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from driftprobe.columns import FLOATS, INTEGERS, NONE, ROW, WORDS, Array, Columns, breaks_a_must
+from driftprobe.columns import FLOATS, INTEGERS, NONE, WORDS, Array, Columns, Rows, breaks_a_must
 from driftprobe.errors import TraceError, UsageError
 from driftprobe.fingerprint import SKETCH_BLOCK
 from driftprobe.scan import MAX_ODD, GivenUpError, Parts, columns_of
@@ -48,13 +48,21 @@ class Packed:
 
     def lines(self) -> Iterator[tuple[int, bytes | None]]:
         """Yield each line with its number, as `trace.lines` does."""
-        for number, index in enumerate(self.order.tolist(), 1):
-            yield number, self.raw[index] if index in self.raw else line_of(self.columns, index)
+        order = self.order.tolist()
+        for start in range(0, len(order), AT_A_TIME):
+            block = order[start : start + AT_A_TIME]
+            made = iter(lines_of(self.columns, [index for index in block if index not in self.raw]))
+            for number, index in enumerate(block, start + 1):
+                yield number, self.raw[index] if index in self.raw else next(made)
 
 
-def line_of(columns: Columns, index: int) -> bytes:
-    """Return the line that our own writer makes of a record."""
-    return encode_line("record", columns.record(index))
+AT_A_TIME = 4096
+"""Records that are made into lines together."""
+
+
+def lines_of(columns: Columns, which: Sequence[int]) -> list[bytes]:
+    """Return the lines that our own writer makes of records."""
+    return [encode_line("record", record) for record in columns.records(which)]
 
 
 def pack(columns: Columns, raw: dict[int, bytes], sha256: str, path: Path) -> None:
@@ -161,32 +169,41 @@ def _unpacked(path: Path, facts: dict[str, Any]) -> Packed:
 
 def _columns(table: Table, sketches: Callable[[int, int], Column], size: int, name: str) -> Columns:
     """Return a table's records as columns; raises _UnfitError. Sketches, most of a file, come a group at a time."""
-    rows, words = np.zeros(len(table), ROW), dict[str, int]()
-    taken = table["hash"].is_not_null().to_numpy()
-    if any((table[name].is_null().to_numpy() & taken).any() for name in ("prompt", "phase", "arm", "tensor", "step")):
+    words: dict[str, int] = {}
+    known_hash = table["hash"].is_not_null().to_numpy()
+    if any((table[name].is_null().to_numpy() & known_hash).any() for name in _KEYS):
         raise _UnfitError("a record without its key")
-    rows["taken"], rows["hash"] = taken, table["hash"].fill_null(0).to_numpy()
+    rows: dict[str, Array] = {"taken": known_hash.astype(np.int32), "hash": table["hash"].fill_null(0).to_numpy()}
     rows["layer"] = table["layer"].fill_null(-1).to_numpy()
-    for column in WORDS:
-        rows[column] = _codes(table[column], words)
-    for column in INTEGERS:
-        rows[column] = table[column].fill_null(NONE).to_numpy()
-    for column in FLOATS:
-        rows[column] = table[column].fill_null(np.nan).to_numpy()
-    sums = np.empty((0, size))
-    for start in range(0, len(table), GROUP):
-        column = sketches(start, GROUP)
-        more = np.frombuffer(_blobs(column, 8 * size), "<f8").reshape(-1, size)
-        known = column.is_not_null().to_numpy()
-        rows["sums"][start : start + GROUP] = np.where(known, len(sums) + np.cumsum(known) - 1, -1)
-        sums.resize((len(sums) + len(more), size), refcheck=False)
-        sums[len(sums) - len(more) :] = more
+    rows |= {name: _codes(table[name], words) for name in WORDS}
+    rows |= {name: table[name].fill_null(NONE).to_numpy() for name in INTEGERS}
+    rows |= {name: table[name].fill_null(np.nan).to_numpy() for name in FLOATS}
+    rows["sums"], sums = _sketches(sketches, len(table), size)
     hashes = _blobs(table["rows"], 0)
     lengths = (table["rows"].bin.size("b").fill_null(0).to_numpy() // 8).astype(np.int64)
-    rows["rows"] = np.where(table["rows"].is_null().to_numpy(), -1, lengths)
+    rows["rows"] = np.where(table["rows"].is_null().to_numpy(), -1, lengths).astype(np.int32)
     rows["rows_at"] = np.cumsum(lengths) - lengths
+    rows["at"], rows["length"] = np.zeros(len(table), np.int64), np.zeros(len(table), np.int32)
     header, own = Header(prompt="", sketch_size=size), np.frombuffer(hashes, "<u8")
-    return Columns(header, rows, sums, own, list(words), (), name)
+    return Columns(header, Rows.of_columns(rows), sums, own, list(words), (), name)
+
+
+def _sketches(sketches: Callable[[int, int], Column], count: int, size: int) -> tuple[Array, Array]:
+    """Return the number of each row's sketch, -1 where it has none, and the sketches, read a group at a time."""
+    numbers, sums = np.full(count, -1, dtype=np.int32), np.empty((0, size))
+    for start in range(0, count, GROUP):
+        column = sketches(start, GROUP)
+        known = column.is_not_null().to_numpy()
+        if not known.any():
+            continue
+        more = np.frombuffer(_blobs(column, 8 * size), "<f8").reshape(-1, size)
+        numbers[start : start + GROUP] = np.where(known, len(sums) + np.cumsum(known) - 1, -1)
+        sums.resize((len(sums) + len(more), size), refcheck=False)
+        sums[len(sums) - len(more) :] = more
+    return numbers, sums
+
+
+_KEYS = ("prompt", "phase", "arm", "tensor", "step")
 
 
 def _check_schema(schema: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from driftprobe.columns import FLOATS, INTEGERS, NONE, ROW, WORDS, Array, Columns, breaks_a_must
+from driftprobe.columns import FLOATS, INTEGERS, NONE, ROW, WORDS, Array, Columns, Rows, breaks_a_must
 from driftprobe.fingerprint import SKETCH_BLOCK
 from driftprobe.trace import MAX_LINE, Checks, Event, Header, Problem, Record, read_header
 
@@ -26,8 +26,8 @@ except ImportError:  # not built here, or built for another platform
 
 BUILT = scanner is not None
 """Whether the compiled scanner is there."""
-CHUNK = 1 << 22
-"""Bytes that are read at a time."""
+CHUNK = 1 << 20
+"""Bytes that are read at a time: they are in the cache still when they are scanned and digested."""
 MAX_ODD = 4096
 """Lines of a file that trace.py may have to read; beyond it columns save nothing."""
 
@@ -85,7 +85,7 @@ class _Room:
 class Parts:
     """What was read of a trace's lines; `rows` has one for each, whose `taken` is 0 where it is no plain record."""
 
-    rows: Array
+    rows: Rows
     sums: npt.NDArray[np.float64]
     hashes: npt.NDArray[np.uint64]
     words: list[str]
@@ -98,32 +98,48 @@ class Scanning:
         self.size = sketch_size
         self.room, self.table = _Room.for_file(length), scanner.words()
 
-    def chunks(self, file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
+    def chunks(self, file: BinaryIO) -> Iterator[tuple[memoryview, int, int]]:
         """Yield each chunk of whole lines with its place in the file and its first row; what is left ends without one.
 
-        Every line has a row; `taken` is 0 where the scanner leaves it alone.
+        Every line has a row; `taken` is 0 where the scanner leaves it alone. A chunk is written over when the next but
+        one is asked for.
         """
-        rest, place = b"", 0
-        while more := file.read(CHUNK):
-            data = rest + more
-            end, first = data.rfind(b"\n") + 1, self.room.used[0]
-            self._scan(data, place, end)
-            if end:
-                yield data[:end], place, first
-            rest, place = data[end:], place + end
-            if len(rest) > MAX_LINE:
+        buffers = [bytearray(2 * CHUNK) for _ in range(3)]
+        turn = kept = place = 0
+        while True:
+            buffer, after = buffers[turn % 3], (turn + 1) % 3
+            if len(buffer) < kept + CHUNK:
+                buffer = buffers[turn % 3] = buffer + bytes(kept + CHUNK)
+            got = file.readinto(memoryview(buffer)[kept : kept + CHUNK])  # type: ignore[attr-defined]
+            if not got:
+                break
+            filled = kept + got
+            end, first = buffer.rfind(b"\n", 0, filled) + 1, self.room.used[0]
+            self._scan(buffer, place, end)
+            kept = filled - end
+            if kept > MAX_LINE:
                 raise GivenUpError
-        if rest:
-            yield rest, place, self.room.used[0]
+            if len(buffers[after]) < kept:
+                buffers[after] = bytearray(2 * kept)
+            buffers[after][:kept] = memoryview(buffer)[end:filled]
+            if end:
+                yield memoryview(buffer)[:end], place, first
+            turn, place = turn + 1, place + end
+        if kept:
+            yield memoryview(buffer)[:kept], place, self.room.used[0]
 
-    def _scan(self, data: bytes, place: int, end: int) -> None:
-        at = 0
+    def _scan(self, data: bytearray, place: int, end: int) -> None:
+        at, address = 0, np.frombuffer(data, np.uint8).ctypes.data
         while at < end:
-            read, *added = scanner.scan(data, at, place, self.room.left(), self.table, self.size)
+            read, *added = scanner.scan(address, end, at, place, self.room.left(), self.table, self.size)
             self.room.used = [used + more for used, more in zip(self.room.used, added, strict=True)]
             at += read
             if at < end:
                 self.room.grow()
+
+    def last_line(self) -> int:
+        """Return where the last line that has a row begins in the file."""
+        return int(self.room.arrays[0][self.room.used[0] - 1]["at"])
 
     def parts(self, more_sketches: int = 0) -> Parts:
         """Return what was read, with room for more sketches."""
@@ -131,7 +147,7 @@ class Scanning:
             self.room.grow()
         (rows, sums, hashes), used = self.room.arrays, self.room.used
         sketches = sums[: used[1] + more_sketches * self.size].reshape(-1, self.size)
-        return Parts(rows[: used[0]], sketches, hashes[: used[2]], self.words())
+        return Parts(Rows.of_structured(rows[: used[0]]), sketches, hashes[: used[2]], self.words())
 
     def words(self) -> list[str]:
         """Return the names that were seen, in order of their numbers."""
@@ -168,14 +184,14 @@ class _Reading:
             raise GivenUpError
         return columns_of(header, scanning.parts(len(self.odd)), self.odd, tuple(self.events), self.path.name)
 
-    def _take_in(self, data: bytes, first: int, lines: int, odd: list[tuple[int, int, int]]) -> None:
+    def _take_in(self, data: memoryview, first: int, lines: int, odd: list[tuple[int, int, int]]) -> None:
         """Check the lines that were left alone (row, place, length), and digest all of the chunk in its order."""
-        view, at, row = memoryview(data), 0, first
+        at, row = 0, first
         for alone, place, length in odd:
-            self._records(view[at:place], alone - row)
-            self._line(alone, data[place : place + length])
+            self._records(data[at:place], alone - row)
+            self._line(alone, bytes(data[place : place + length]))
             at, row = place + length, alone + 1
-        self._records(view[at:], first + lines - row)
+        self._records(data[at:], first + lines - row)
 
     def _records(self, raw: memoryview, lines: int) -> None:
         if len(raw) and self.checks.footer_seen:
@@ -203,13 +219,15 @@ def columns_of(header: Header, parts: Parts, odd: dict[int, Record], events: tup
         if record.sketch is not None:
             parts.sums[count] = record.sketch
             count += 1
-        rows[index] = row_of(record, numbers, count - 1)
+        rows.put(index, row_of(record, numbers, count - 1))
     left = np.flatnonzero(rows["taken"] == 0)
     moved = {int(index - np.searchsorted(left, index)): record for index, record in odd.items()}
     if left.tolist() == [0, len(rows) - 1]:  # header and footer: no need to copy what stands between
-        kept = rows[1:-1]
+        kept = rows.part(slice(1, -1))
+    elif left.tolist() == list(range(len(left))):  # as a packed trace has them
+        kept = rows.part(slice(len(left), None))
     else:
-        kept = rows[rows["taken"] == 1]
+        kept = rows.part(rows["taken"] == 1)
     return Columns(header, kept, parts.sums[:count], parts.hashes, list(numbers), events, name, moved)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from driftprobe.columns import NONE, Array, Columns, axes_of
+from driftprobe.columns import NONE, Array, Columns, Rows, axes_of
 from driftprobe.compare import SCORES, NoPayloads, Pair, Pairing, drift_between
 from driftprobe.floor import is_control, repeated
 from driftprobe.judgement import AttentionSums, LeftOut, Sums
@@ -105,7 +105,7 @@ class _Thinning:
         payloads = any(record.payload is not None and record.arm != CONSTANTS for record in columns.odd.values())
         if columns.header.mode == PATHS or unknown or payloads or "prefill_row" in phases:
             raise _WholeError
-        mine = rows[rows["arm"] != columns.number_of(CONSTANTS)] if CONSTANTS in arms else rows
+        mine = rows.part(rows["arm"] != columns.number_of(CONSTANTS)) if CONSTANTS in arms else rows
         if (mine["logical_tok_idx"] == NONE).any() or (mine["shape"] < 0).any():
             raise _WholeError
         for name in ("token_id", "pos_id", "nan_count", "inf_count"):
@@ -234,10 +234,8 @@ class _Thinning:
         return kept
 
     def _pairing(self, pairs: _Pairs, kept: Array) -> Pairing:
-        made = []
-        for left, right in zip(pairs.left[kept].tolist(), pairs.right[kept].tolist(), strict=True):
-            p, d = self.columns.record(left), self.columns.record(right)
-            made.append(Pair(p, d, drift_between(p, d, NoPayloads())))
+        sides = (self.columns.records(side[kept].tolist()) for side in (pairs.left, pairs.right))
+        made = [Pair(p, d, drift_between(p, d, NoPayloads())) for p, d in zip(*sides, strict=True)]
         return Pairing(tuple(made), (), ())
 
     def _left_out(self, decode: _Pairs, kept: Array) -> LeftOut:
@@ -310,18 +308,18 @@ class _Thinning:
         for tensor in (SCORES, "attn_probs"):
             for arm in ("P", "D"):
                 at = self.arms[arm].at
-                sums[(tensor, arm)] = self._sums(rows[at[rows["tensor"][at] == self.tensors[tensor]]])
+                sums[(tensor, arm)] = self._sums(rows.part(at[rows["tensor"][at] == self.tensors[tensor]]))
         source = self.columns.number_of("recomputed")
         scores = (rows["tensor"] == self.tensors[SCORES]) & (rows["source"] == source)
         both = np.isin(rows["arm"], [self.columns.number_of(arm) for arm in ("P", "D")])
         return AttentionSums(sums, recomputed=bool((scores & both).any()))
 
-    def _sums(self, rows: Array) -> Sums:
+    def _sums(self, rows: Rows) -> Sums:
         elements = np.array([_elements(word) for word in self.columns.words], dtype=np.float64)
         finite = elements[rows["shape"]] - np.where(rows["nan_count"] == NONE, 0, rows["nan_count"])
         finite -= np.where(rows["inf_count"] == NONE, 0, rows["inf_count"])
         told = ~(np.isnan(rows["min"]) | np.isnan(rows["max"]) | np.isnan(rows["mean"])) & (finite > 0)
-        rows, finite = rows[told], finite[told]
+        rows, finite = rows.part(told), finite[told]
         if not len(rows):
             return Sums()
         total = math.fsum((rows["mean"] * finite).tolist())

@@ -191,19 +191,21 @@ class Trace:
     """True for a trace without a header: only what its records carry is known."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Line:
-    """A line ready to be written."""
+    """A record's line, ready to be written."""
 
-    item: Item
     raw: bytes
+    prompt: str
+    key: tuple[object, ...]
+    """The record's."""
     faults: list[Fault]
     """What is wrong with it by itself; what disagrees with other lines, its writer finds."""
 
 
 def line_of(record: Record, sketch_size: int) -> Line:
     """Return a record's line, so that another thread than the writer's can make it."""
-    return Line(record, encode_line("record", record), record_faults(record, sketch_size))
+    return Line(encode_line("record", record), record.prompt, record.key, record_faults(record, sketch_size))
 
 
 def faults_of(item: Item, sketch_size: int | None) -> list[Fault]:
@@ -252,20 +254,39 @@ class TraceWriter:
         whole: list[bytes] = []
         try:
             for item in items:
-                whole.append(self._checked("event", item) if isinstance(item, Event) else self._taken(item))
+                if isinstance(item, Event):
+                    self._write_lines(whole)
+                    self.event(item)
+                else:
+                    whole.append(self._taken(item))
         finally:
-            self._write(b"".join(whole))
+            self._write_lines(whole)
+
+    def _write_lines(self, whole: list[bytes]) -> None:
+        """Digest and write the lines of records, which are checked, and leave none in the list."""
+        joined = b"".join(whole)
+        self._checks.take_in(memoryview(joined), len(whole))
+        whole.clear()
+        self._write(joined)
 
     def _checked(self, kind: str, item: Item) -> bytes:
-        return self._taken(Line(item, encode_line(kind, item), self._checks.own_faults(item)))
+        self._lines += 1
+        raw = encode_line(kind, item)
+        self._fits(raw)
+        for problem in self._checks.item(self._lines, raw, item, self._checks.own_faults(item)):
+            raise problem.as_error()
+        return raw
 
     def _taken(self, line: Line) -> bytes:
         self._lines += 1
-        if len(line.raw) > MAX_LINE:
-            raise too_long(self.path.name, self._lines).as_error()
-        for problem in self._checks.item(self._lines, line.raw, line.item, line.faults):
+        self._fits(line.raw)
+        for problem in self._checks.line(self._lines, line):
             raise problem.as_error()
         return line.raw
+
+    def _fits(self, raw: bytes) -> None:
+        if len(raw) > MAX_LINE:
+            raise too_long(self.path.name, self._lines).as_error()
 
     def _write(self, line: bytes) -> None:
         with _Writing(self.path):
@@ -470,13 +491,18 @@ class Checks:
             found += self._footer(number, item)
         else:
             self._counts[type(item)] += 1
-            found += self._record(number, item) if isinstance(item, Record) else []
+            found += self._record(number, item.prompt, item.key) if isinstance(item, Record) else []
         found += [self.problem(number, *parts) for parts in faults]
         self._digest.update(raw)
         return found
 
+    def line(self, number: int, line: Line) -> list[Problem]:
+        """Check a record's line against those before it; `take_in` counts it."""
+        found = self._record(number, line.prompt, line.key)
+        return found + [self.problem(number, *parts) for parts in line.faults] if line.faults else found
+
     def take_in(self, raw: memoryview, records: int) -> None:
-        """Count lines that hold only records, and were checked elsewhere (`columns.breaks_a_must`)."""
+        """Count lines that hold only records, and were checked by others (`line`, `columns.breaks_a_must`)."""
         self._counts[Record] += records
         self._digest.update(raw)
 
@@ -494,16 +520,16 @@ class Checks:
         return [self.problem(number, "footer disagrees with the lines before it", wrong, "equal counts and digest",
                              "write the trace again; a line was lost, added or changed")]  # fmt: skip
 
-    def _record(self, number: int, record: Record) -> list[Problem]:
+    def _record(self, number: int, prompt: str, own: tuple[object, ...]) -> list[Problem]:
         found = []
-        key = (record.prompt, *record.key)
+        key = (prompt, *own)
         first = self._keys.setdefault(key, number)
         if first != number:
             found.append(self.problem(number, "duplicated key", f"{key}, first on line {first}",
                                       "one record for arm, phase, step, layer, tensor and position",
                                       "remove one of the two, or give them different keys"))  # fmt: skip
-        if self.header and record.prompt != self.header.prompt:
-            found.append(self.problem(number, "record of another prompt", repr(record.prompt), repr(self.header.prompt),
+        if self.header and prompt != self.header.prompt:
+            found.append(self.problem(number, "record of another prompt", repr(prompt), repr(self.header.prompt),
                                       "write one file for each prompt"))  # fmt: skip
         return found
 

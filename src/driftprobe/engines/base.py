@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from driftprobe.background import Begun
 from driftprobe.faults import Expected
@@ -18,8 +18,7 @@ BUILTIN = {"builtin:tiny": Path(__file__).resolve().parents[1] / "models" / "tin
 """Model names that need no folder of the user's: each is a folder of the package."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tapped:
+class Tapped(NamedTuple):
     """One tensor of one read, in the format's axes order (`taps.Tap.axes`), on the host."""
 
     read: Read
@@ -52,9 +51,10 @@ class Constant:
     """In the dtype in which the model keeps it; float64 for a plain number."""
 
 
-Ahead = Callable[[Sequence[Tapped]], Sequence[Begun[Any, Any]]]
-"""Takes tensors while a call still runs; an engine hands out what it returns in the place of each."""
-Handed = Tapped | Recorded | Event | Begun[Any, Any]
+Ahead = Callable[[Callable[[], Sequence[Tapped]], int, int], Begun[Any]]
+"""Takes what makes tensors, how many and of how many bytes, while a call still runs. An engine hands out what it
+returns in the place of all, or `one` of it in the place of each."""
+Handed = Tapped | Recorded | Event | Begun[Any]
 
 
 class Engine(Protocol):

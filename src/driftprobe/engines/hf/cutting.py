@@ -71,12 +71,20 @@ def _cut_rows(
         newest = [high - 1 for _, high, _ in spans]  # the cache was not given keys and values, or not heard
         for name, kept in (("_key", rows.keys_GSD), ("_value", rows.values_GSD)):
             heard.taps[(layer, name)] = [kept[:, at : at + 1].transpose(0, 1) for at in newest]
+            heard.lent.pop((layer, name), None)
     if anatomy.rotary:
         heard.taps[(layer, "k_rope")] = heard.taps[(layer, "_key")]
+        if (layer, "_key") in heard.lent:
+            heard.lent[(layer, "k_rope")] = heard.lent[(layer, "_key")]
     spans = seen[1] if seen[0] == stored else spans
     for tensor, kept in (("k_cache", rows.keys_GSD), ("v_cache", rows.values_GSD)):
-        heard.taps[(layer, tensor)] = [kept[:, low:high].transpose(0, 1) for low, high, _ in spans]
+        heard.taps[(layer, tensor)] = [_columns(kept, low, high).transpose(0, 1) for low, high, _ in spans]
         heard.row_start[(layer, tensor)] = [start for _, _, start in spans]
+
+
+def _columns(kept_GSD: Tensor, low: int, high: int) -> Tensor:
+    """Return rows [low, high), with no op where those are all."""
+    return kept_GSD if low == 0 and high == kept_GSD.shape[1] else kept_GSD[:, low:high]
 
 
 def _ends_of_weight(probs: Iterable[Tensor]) -> Iterator[tuple[int, int]]:

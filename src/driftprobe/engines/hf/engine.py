@@ -160,7 +160,9 @@ class HFEngine:
                 if not (call.reads or arm.keeps_rows_for is not None or aligns):
                     self._forward(token_ids[call.start : call.stop], call.start, cache, beside=arm.batch)
                     continue
-                out = self._listen(spy, call, token_ids, cache, shared=not aligned, beside=arm.batch)
+                lends = not self._planted and arm.noise_seed is None
+                lent = {"shared": not aligned, "lends": lends, "beside": arm.batch}
+                out = self._listen(spy, call, token_ids, cache, **lent)
                 heard = out.heard
                 if arm.keeps_rows_for is not None:
                     self._kept[arm.keeps_rows_for] = heard.cache
@@ -242,14 +244,15 @@ class HFEngine:
         return [logits, *rows, *(s for layer in range(layer_count(cache)) for s in stored_states(cache, layer).all)]
 
     def _listen(
-        self, spy: Spy, call: Pass, token_ids: Sequence[int], cache: Any, *, shared: bool = False, beside: bool = False
-    ) -> HandOut:
-        """Run one call and listen; `shared` says that nobody will write into the cache while its rows are read.
+        self, spy: Spy, call: Pass, token_ids: Sequence[int], cache: Any, *, shared: bool = False, lends: bool = False,
+        beside: bool = False,
+    ) -> HandOut:  # fmt: skip
+        """Run one call and listen; nobody will write into the cache (`shared`), or into what fires (`lends`).
 
         `beside` puts another sequence into the batch.
         """
         wanted = tuple(read.position - call.start for read in call.reads)
-        heard = Heard(wanted, call.start, call.stop - call.start, 1 + beside, past=cache)
+        heard = Heard(wanted, call.start, call.stop - call.start, 1 + beside, past=cache, lends=lends)
         if shared and not self._planted:
             heard.shares = partial(appends, cache)
         out = HandOut(heard, call.reads, self._ahead, transfer_for(self.model.device))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import groupby
 
 import torch
 
@@ -14,6 +15,7 @@ from driftprobe.engines.hf.host import Transfer, to_array
 from driftprobe.errors import EngineError
 from driftprobe.plan import Read
 from driftprobe.taps import BY_NAME, execution_order
+from driftprobe.taps import place as place_in_words
 
 
 class HandOut:
@@ -26,43 +28,70 @@ class HandOut:
     def __init__(self, heard: Heard, reads: Sequence[Read], ahead: Ahead | None, transfer: Transfer) -> None:
         self.heard, self.reads, self.transfer = heard, reads, transfer
         self.ahead = ahead if transfer.immediate else None
-        self._begun: dict[tuple[Place, int], tuple[torch.Tensor, Begun[Tapped, object]]] = {}
+        self._begun: dict[tuple[int | None, int], tuple[list[tuple[Place, torch.Tensor]], Begun[object]]] = {}
+        """Layer and read -> what was begun of it, in order of execution."""
 
     def layer(self, layer: int | None) -> None:
         """Begin the work of what was heard of a layer that is done."""
         if self.ahead is None:
             return
-        asked = [((layer, tensor), which) for tensor in _names() for which in range(len(self.reads))]
-        asked = [(place, which) for place, which in asked if place in self.heard.taps]
-        begun = self.ahead([self._tapped(place, which, self.heard.taps[place][which]) for place, which in asked])
-        for (place, which), one in zip(asked, begun, strict=True):
-            self._begun[(place, which)] = self.heard.taps[place][which], one
+        taps = self.heard.taps
+        places = [place for place in _places(layer) if place in taps]
+        for which in range(len(self.reads)):
+            tensors = [(place, taps[place][which]) for place in places]
+            notes = [self._note(place, which) for place in places]
+            work = partial(self._all_tapped, which, tensors, notes)
+            begun = self.ahead(work, len(tensors), sum(tensor.nbytes for _, tensor in tensors))
+            self._begun[(layer, which)] = tensors, begun
 
-    def items(self) -> Iterator[Tapped | Begun[Tapped, object]]:
+    def items(self) -> Iterator[Tapped | Begun[object]]:
         """Yield everything, read by read; of what was begun ahead, only what no later firing has replaced."""
         self._check_rows()
         places = sorted((p for p in self.heard.taps if p[1] in BY_NAME), key=lambda p: _order(*p))
-        hosts = {
-            (place, which): self.transfer.send(self.heard.taps[place][which])
-            for which in range(len(self.reads))
-            for place in places
-            if not self._is_begun(place, which)
-        }
+        layers = [(layer, list(group)) for layer, group in groupby(places, key=lambda p: p[0])]
+        told = [[self._told(layer, group, which) for layer, group in layers] for which in range(len(self.reads))]
         self.transfer.wait()
-        for which in range(len(self.reads)):
-            for place in places:
-                host = hosts.get((place, which))
-                yield self._begun[(place, which)][1] if host is None else self._tapped(place, which, host)
+        for which, of_layers in enumerate(told):
+            for (_, group), items in zip(layers, of_layers, strict=True):
+                for place, item in zip(group, items, strict=False):
+                    if isinstance(item, Begun):
+                        yield item
+                    else:
+                        yield self._tapped(which, place, item, self._note(place, which))
 
-    def _is_begun(self, place: Place, which: int) -> bool:
-        begun = self._begun.get((place, which))
-        return begun is not None and begun[0] is self.heard.taps[place][which]
+    def _told(self, layer: int | None, places: list[Place], which: int) -> list[Begun[object] | torch.Tensor]:
+        """Return for one layer what was begun, or tensors on their way to the host; one entry where all was begun."""
+        taps = self.heard.taps
+        tensors, begun = self._begun.get((layer, which), ([], None))
+        if begun is not None and len(tensors) == len(places) and all(
+            place == mine and taps[place][which] is tensor
+            for mine, (place, tensor) in zip(places, tensors, strict=True)
+        ):  # fmt: skip
+            return [begun]
+        at = {place: (index, tensor) for index, (place, tensor) in enumerate(tensors)}
+        return [
+            begun.one(at[place][0])
+            if begun is not None and place in at and at[place][1] is taps[place][which]
+            else self.transfer.send(taps[place][which])
+            for place in places
+        ]
 
-    def _tapped(self, place: Place, which: int, host: torch.Tensor) -> Tapped:
-        starts, read = self.heard.row_start.get(place), self.reads[which]
-        source = "recomputed" if place in self.heard.recomputed else "captured"
+    def _note(self, place: Place, which: int) -> _Note:
+        """Return what has to be known of a tap beside its tensor."""
+        starts, lent = self.heard.row_start.get(place), self.heard.lent.get(place)
         start = 0 if starts is None else starts[which]
-        return Tapped(read, *place, to_array(host), read.position, start, source)
+        return start, _SOURCES[place in self.heard.recomputed], None if lent is None else lent[1]
+
+    def _all_tapped(self, which: int, tensors: list[tuple[Place, torch.Tensor]], notes: list[_Note]) -> list[Tapped]:
+        told = zip(tensors, notes, strict=True)
+        return [self._tapped(which, place, tensor, note) for (place, tensor), note in told]
+
+    def _tapped(self, which: int, place: Place, host: torch.Tensor, note: _Note) -> Tapped:
+        read, array = self.reads[which], to_array(host)
+        start, source, heads = note
+        if heads is not None:
+            array = array[0].reshape(1, heads, -1) if heads else array[0]
+        return Tapped(read, place[0], place[1], array, read.position, start, source)
 
     def _check_rows(self) -> None:
         """Refuse rows that were read in place and have been written to since."""
@@ -73,11 +102,25 @@ class HandOut:
                 measured=f"written to in place, in {len(changed)} layers", allowed="a cache that appends by copying",
                 next_step="if a hook of yours writes into the cache, let it put new tensors there instead",
             )  # fmt: skip
+        lent = self.heard.lent
+        spent = [place for place, (version, _) in lent.items() if self.heard.taps[place][0]._version != version]
+        if spent:
+            layer, tensor = min(spent, key=lambda each: _order(*each))
+            raise EngineError(
+                "a tensor changed while it was read", where=place_in_words(layer, tensor),
+                measured=f"written to in place, {len(spent)} taps", allowed="tensors that stay as they were made",
+                next_step="if a hook of yours writes into them, put it in before the engine is made: a trial sees it",
+            )  # fmt: skip
 
 
-@lru_cache(maxsize=1)
-def _names() -> tuple[str, ...]:
-    return tuple(BY_NAME)
+@lru_cache(maxsize=1 << 12)
+def _places(layer: int | None) -> tuple[Place, ...]:
+    """Return a layer's places in order of execution."""
+    return tuple(sorted(((layer, name) for name in BY_NAME), key=lambda place: execution_order(*place)))
 
+
+_Note = tuple[int, str, "int | None"]
+"""The position of the first row, where the tensor comes from, and its heads where it is lent (Heard.lent)."""
+_SOURCES = ("captured", "recomputed")
 
 _order = lru_cache(maxsize=1 << 14)(execution_order)

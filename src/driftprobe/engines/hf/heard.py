@@ -61,6 +61,8 @@ class Learned:
     """Layers whose attention is a function that their module calls; the others are watched op by op."""
     rewritten: set[int] = field(default_factory=set)
     """Layers whose cache rows are written to in place after the cache handed them out."""
+    spent: set[Place] = field(default_factory=set)
+    """Taps whose tensor the model changes in place after they fired."""
 
 
 @dataclass(slots=True)
@@ -75,6 +77,10 @@ class Heard:
     """Rows of the batch; ours is the first."""
     taps: dict[Place, list[Tensor]] = field(default_factory=dict)
     """Tap -> one tensor `[1, …]` for each wanted row; names that begin with _ are for the trial."""
+    lends: bool = False
+    """Whether the tensor of a one-token call may be kept as it is, not copied: nobody is known to write into it."""
+    lent: dict[Place, tuple[int, int]] = field(default_factory=dict)
+    """Tap kept so, behind a batch axis -> how often its tensor had been written to, and its heads (0: none)."""
     row_start: dict[Place, list[int]] = field(default_factory=dict)
     recomputed: set[Place] = field(default_factory=set)
     unnamed: set[Place] = field(default_factory=set)

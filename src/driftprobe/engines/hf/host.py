@@ -12,7 +12,7 @@ def to_array(tensor: torch.Tensor) -> Array:
 
     Of one on the host it is a view, with its strides.
     """
-    if tensor.requires_grad or tensor.device.type != "cpu":
+    if tensor.requires_grad or not tensor.is_cpu:
         tensor = tensor.detach().cpu()
     name = _SPECIAL.get(tensor.dtype)
     if name is not None:

@@ -24,7 +24,7 @@ from driftprobe.engines.hf.attention import (
     sliding_window,
 )
 from driftprobe.engines.hf.cutting import cut
-from driftprobe.engines.hf.fused import split
+from driftprobe.engines.hf.fused import same_bits, split
 from driftprobe.engines.hf.heard import Heard, Learned, Place, Rows
 from driftprobe.engines.hf.states import stored_states
 
@@ -52,6 +52,8 @@ class Spy:
         self._inside: int | None = None
         self._handed_out: dict[int, Rows] = {}
         """Trial: what the cache handed out, not copied."""
+        self._fired: dict[Place, tuple[Tensor, Tensor, int]] = {}
+        """Trial: what fired, itself and as a copy, and how often it had been written to."""
 
     @contextmanager
     def installed(self) -> Iterator[Spy]:
@@ -216,6 +218,12 @@ class Spy:
         if layer is not None and layer != self._inside:
             return
         value = heard.own(value)
+        if heard.lends and self._lend((layer, tensor), value, count):
+            return
+        if self.trial:
+            version = 0 if value.is_inference() else value._version
+            self._fired[(layer, tensor)] = value, value.detach().clone(), version
+        heard.lent.pop((layer, tensor), None)
         plain = value.dim() == 3 and not self.trial and (layer, tensor) not in self.learned.head_first
         if plain and value.shape[0] == 1 and value.shape[1] == heard.tokens:  # nearly all, and with fewer ops
             shape = (1, count, -1) if count and value.shape[2] % count == 0 else (1, -1)
@@ -228,6 +236,17 @@ class Spy:
             rows = rows.view(rows.shape[0], count, -1) if rows.is_contiguous() else rows.reshape(len(rows), count, -1)
         rows = rows.detach() if rows.requires_grad else rows
         heard.taps[(layer, tensor)] = [rows.narrow_copy(0, row, 1) for row in heard.wanted]
+
+    def _lend(self, place: Place, value: Tensor, count: int) -> bool:
+        """Keep a tensor `[1, 1, …]` of a one-token call as it is, with no op at all, where that is allowed."""
+        heard, shape = self.heard, value.shape
+        if heard is None or heard.tokens != 1 or len(shape) < 3 or shape[0] != 1 or shape[1] != 1:
+            return False
+        if place in self.learned.spent or place in self.learned.head_first or value.is_inference():
+            return False
+        heard.lent[place] = value._version, count if len(shape) == 3 and count and shape[2] % count == 0 else 0
+        heard.taps[place] = [value]
+        return True
 
     def _token_rows(self, place: Place, value: Tensor, tokens: int) -> Tensor | None:
         """Return a tensor as `[T, …]`, or None where it has no token axis."""
@@ -260,6 +279,8 @@ class Spy:
     def finish(self, heard: Heard) -> None:
         """Cut what is not cut yet to what each wanted row can see, once the call is over."""
         self.learned.rewritten |= {layer for layer, rows in self._handed_out.items() if not rows.as_heard()}
+        self.learned.spent |= {place for place, fired in self._fired.items() if _spent(*fired)}
+        self._fired.clear()
         cut(heard, sorted({*heard.cache, *heard.scored} - heard.cut), self.anatomy, self.learned)
 
     def _layer_done(self, layer: int) -> Callable[..., None]:
@@ -304,6 +325,11 @@ class Spy:
             heard.recomputed |= {(layer, "attn_scores"), (layer, "attn_probs")}
         elif shifted(call):
             heard.recomputed.add((layer, "attn_scores"))
+
+
+def _spent(value: Tensor, copy: Tensor, version: int) -> bool:
+    """Whether a tensor was written to since; a kernel of one's own may do so without torch knowing."""
+    return not same_bits(value, copy) or (not value.is_inference() and value._version != version)
 
 
 def _joined(states: tuple[Tensor, ...]) -> Tensor:

@@ -1,0 +1,131 @@
+"""Tapped tensors -> the lines of their records, by one call of the compiled core for many of them.
+
+The core measures and writes without the interpreter's lock. What of a line says where a tensor stands, and not what is
+in it, is text that is made once for each place, read and shape. Line for line it is what `trace.encode_line` writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from driftprobe.engines.base import Tapped
+from driftprobe.fingerprint import dtype_name, for_core
+from driftprobe.plan import Read
+from driftprobe.taps import CACHE_TAPS
+from driftprobe.trace import Line, Record, Top, faults_of
+from driftprobe.trace_checks import Fault
+
+try:
+    from driftprobe import _core as core
+except ImportError:  # not built here
+    core = None  # type: ignore[assignment]
+
+BUILT = hasattr(core, "lines")
+"""Whether the core can write lines here: it needs integers of 128 bits."""
+
+_Place = tuple[int | None, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """What a line says beyond its tensor."""
+
+    top: Top | None = None
+    payload: str | None = None
+
+
+NOTHING = Extra()
+
+
+class _Text:
+    """What lines of one read have in common."""
+
+    def __init__(self, read: Read) -> None:
+        self.phase = read.phase_name
+        self.key = (read.arm, self.phase, read.step)
+        self.middles: dict[object, bytes] = {}
+
+
+class LineMaker:
+    """Makes the lines of one trace; not for two threads at once."""
+
+    def __init__(self, prompt: str, tokens: Sequence[int], sketch_size: int) -> None:
+        self.prompt, self.tokens, self.sketch_size = prompt, tokens, sketch_size
+        self._heads: dict[str, dict[_Place, bytes]] = {}
+        self._ends: dict[tuple[int, str], bytes] = {}
+        self._sound: set[_Place] = set()
+        """Places with whose records nothing is wrong by themselves; what is measured there, the core warrants."""
+        self._read: Read | None = None
+        self._text: _Text | None = None
+
+    def takes(self, item: Tapped) -> bool:
+        """Whether this item's line can be made here: the core is built, and nothing is wrong with its place."""
+        if item.read is self._read and (item.layer, item.tensor) in self._sound and item.row_start >= 0:
+            return True
+        sound = BUILT and not faults_of(self._sample(item), None)
+        if sound:
+            self._turn_to(item.read)
+            self._sound.add((item.layer, item.tensor))
+        return sound
+
+    def _turn_to(self, read: Read) -> None:
+        if read is not self._read:
+            self._read, self._text = read, _Text(read)
+
+    def _sample(self, item: Tapped) -> Record:
+        read = item.read
+        return Record(
+            prompt=self.prompt, phase=read.phase_name, layer=item.layer, tensor=item.tensor, hash="0x", arm=read.arm,
+            step=read.step, logical_tok_idx=read.position, row_start=item.row_start,
+        )  # fmt: skip
+
+    def lines(self, items: Sequence[Tapped], extras: Sequence[Extra]) -> list[Line]:
+        """Return the lines of items that this maker takes. Raises KeyError where the format has no such dtype."""
+        jobs, keys = [], []
+        for item, extra in zip(items, extras, strict=True):
+            self._turn_to(item.read)
+            assert self._text is not None
+            text, place = self._text, (item.layer, item.tensor)
+            array, code = for_core(item.array)
+            middle = text.middles.get((item.pos_id, code, item.array.shape)) or self._middle(text, item, code)
+            head = self._heads[text.phase].get(place) if text.phase in self._heads else None
+            jobs.append((head or self._head(text.phase, place), middle, self._end(item, extra), array, code,
+                         item.tensor in CACHE_TAPS))  # fmt: skip
+            keys.append((*text.key, *place, item.read.position))
+        made: list[bytes] = core.lines(tuple(jobs), self.sketch_size)
+        return [Line(raw, self.prompt, key, _SOUND) for raw, key in zip(made, keys, strict=True)]
+
+    def _head(self, phase: str, place: _Place) -> bytes:
+        body = {"type": "record", "prompt": self.prompt, "phase": phase, "layer": place[0], "tensor": place[1]}
+        if len(self._heads) > 64:  # each step of a long run has its own
+            self._heads.clear()
+        found = self._heads.setdefault(phase, {})[place] = msgspec.json.encode(body)[:-1]
+        return found
+
+    def _middle(self, text: _Text, item: Tapped, code: int) -> bytes:
+        read, array = item.read, item.array
+        body = {"arm": read.arm, "step": read.step, "token_id": self.tokens[read.position],
+                "logical_tok_idx": read.position, "pos_id": item.pos_id, "dtype": dtype_name(array),
+                "shape": array.shape}  # fmt: skip
+        found = text.middles[(item.pos_id, code, array.shape)] = b"," + msgspec.json.encode(body)[1:-1]
+        return found
+
+    def _end(self, item: Tapped, extra: Extra) -> bytes:
+        if extra is not NOTHING:
+            return _end_of(item, extra)
+        key = (item.row_start, item.source)
+        found = self._ends.get(key)
+        if found is None:
+            found = self._ends[key] = _end_of(item, extra)
+        return found
+
+
+_SOUND: list[Fault] = []
+
+
+def _end_of(item: Tapped, extra: Extra) -> bytes:
+    body = {"row_start": item.row_start, "source": item.source, "top": extra.top, "payload": extra.payload}
+    return b"," + msgspec.json.encode({n: v for n, v in body.items() if v is not None})[1:] + b"\n"
