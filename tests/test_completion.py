@@ -57,6 +57,36 @@ def test_bash_completes_commands_and_options(words, at, found, path):
     assert set(done.stdout.split()) == found, done.stderr
 
 
+@pytest.mark.parametrize(("words", "found"), [("base", "baseline"), ("baseline ch", "check")])
+def test_fish_completes_commands(words, found, path):
+    if shutil.which("fish") is None:
+        pytest.skip("fish is not installed")
+    ask = f"driftprobe completion fish | source; complete -C 'driftprobe {words}'"
+    done = subprocess.run(["fish", "--no-config", "-c", ask], capture_output=True, text=True,
+                          env={**os.environ, "PATH": path}, check=True)  # fmt: skip
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [found], done.stderr
+
+
+IN_ZSH = """
+zmodload zsh/zpty
+zpty shell "zsh -f -i"
+zpty -w shell "PS1=; autoload -Uz compinit; compinit -D -u; eval \\"\\$(driftprobe completion zsh)\\"; print be-gin"
+zpty -r -m shell line "*be-gin*"$'\\n'"*"
+zpty -w -n shell "driftprobe basel"$'\\t'
+zpty -r -t -m shell line "*driftprobe baseline*" || { for i in {1..100}; do sleep 0.3; zpty -r -t shell more && line+=$more; [[ $line == *"driftprobe baseline"* ]] && break; done }
+[[ $line == *"driftprobe baseline"* ]] && print completed
+zpty -d shell
+"""
+
+
+def test_zsh_completes_a_command_at_its_prompt(path):
+    if shutil.which("zsh") is None:
+        pytest.skip("zsh is not installed")
+    done = subprocess.run(["zsh", "-f", "-c", IN_ZSH], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PATH": path, "TERM": "xterm"}, check=False)  # fmt: skip
+    assert done.stdout.endswith("completed\n"), done.stdout + done.stderr
+
+
 def test_an_unknown_shell_is_refused():
     error = raised("completion", "tcsh")
     assert isinstance(error, UsageError)
