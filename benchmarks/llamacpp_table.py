@@ -3,6 +3,7 @@
     python -m benchmarks.llamacpp_table clean      drift and verdict by weights, cache, flash attention, length, threads
     python -m benchmarks.llamacpp_table faults     planted fault by what was found, over weights, cache, flash attention
     python -m benchmarks.llamacpp_table flips      largest excess over many short prompts on quantised caches
+    python -m benchmarks.llamacpp_table casts      the same and faults found, were quantised caches declared otherwise
     python -m benchmarks.llamacpp_table callback   time of a call with the evaluation callback, as a ratio
 
 `--quick` prints a part of each. Each prints a Markdown table and exits with 1 where a row is not what it must be: no
@@ -12,6 +13,8 @@ MISMATCH and no N/A without a fault, MISMATCH with one. Needs `pip install -e '.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import math
 import sys
 import tempfile
@@ -25,6 +28,7 @@ from driftprobe.api import Result, RunOptions, run
 from driftprobe.causes import agree
 from driftprobe.engines.llamacpp import LlamaCppEngine, open_engine
 from driftprobe.engines.llamacpp.context import Context, Model, Settings
+from driftprobe.engines.llamacpp.engine import CACHE_CASTS
 from driftprobe.engines.llamacpp.planting import PLANTERS
 from driftprobe.errors import UsageError
 from driftprobe.faults import find_fault
@@ -176,12 +180,17 @@ def _fault(engine: LlamaCppEngine, name: str, setup: Setup) -> tuple[bool, bool,
     return True, located, read, named, first.excess if math.isfinite(first.excess) else math.inf
 
 
+def short_prompts(count: int) -> list[Prompt]:
+    """Return random prompts of 1 to 17 bytes, always the same ones."""
+    generator = Random(1)
+    lengths = [generator.choice((1, 1, 2, 2, 3, 4, 5, 7, 9, 12, 17)) for _ in range(count)]
+    return [Prompt(f"p{i}", tuple(generator.randrange(256) for _ in range(n))) for i, n in enumerate(lengths)]
+
+
 def flips(quick: bool, folder: Path) -> bool:
     """Print the largest excess over random short prompts: single elements of a quantised cache that fall aside."""
     count = 10 if quick else 100
-    generator = Random(1)
-    lengths = [generator.choice((1, 1, 2, 2, 3, 4, 5, 7, 9, 12, 17)) for _ in range(count)]
-    prompts = [Prompt(f"p{i}", tuple(generator.randrange(256) for _ in range(n))) for i, n in enumerate(lengths)]
+    prompts = short_prompts(count)
     print(f"{count} random prompts of 1 to 17 tokens, three steps, one thread, flash attention on.\n")
     print("| model | weights | cache | verdict | largest excess | at | drift there |")
     print("|" + "---|" * 7)
@@ -201,6 +210,40 @@ def flips(quick: bool, folder: Path) -> bool:
                 print(f"| {model} | {weights} | {cache} | {result.verdict.value} | {cell.excess or 0.0:.2f} "
                       f"| {where} | {drift:.1e} |", flush=True)  # fmt: skip
     return good
+
+
+def casts(quick: bool, folder: Path) -> bool:
+    """Print what another declaration of a quantised cache would make of clean runs and of faults."""
+    count = 10 if quick else 50
+    print(f"Weights F32, flash attention on, one thread. Clean: {count} random prompts of 1 to 17 tokens, three steps. "
+          "Declared beside it: what the engine does.\n")  # fmt: skip
+    print(
+        "| cache | declared as | clean: largest excess | verdict | faults found | at the expected tap | cause named |"
+    )
+    print("|" + "---|" * 7)
+    good = True
+    for cache in ("q8_0", "q4_0"):
+        own = CACHE_CASTS[cache]
+        for dtype in ("float16", "int8", "int4"):
+            CACHE_CASTS[cache] = dtype
+            try:
+                good &= _cast_row(Setup("f32", cache, "on"), dtype, folder, count) or dtype != own
+            finally:
+                CACHE_CASTS[cache] = own
+    return good
+
+
+def _cast_row(setup: Setup, dtype: str, folder: Path, count: int) -> bool:
+    engine = setup.open(folder, 1)
+    result = judge(engine, short_prompts(count), "none", steps=3)
+    cells = (worst(p) for p in result.judgement.modes[Mode.KV_ALIGNED.value].prompts)
+    excess = max((cell.excess or 0.0 for cell in cells if cell is not None), default=0.0)
+    with contextlib.redirect_stderr(io.StringIO()):
+        found, located, _, named, _ = zip(*(_fault(engine, name, setup) for name in PLANTERS), strict=True)
+    engine.close()
+    print(f"| {setup.cache} | {dtype} | {excess:.2f} | {result.verdict.value} | {sum(found)} of {len(found)} "
+          f"| {sum(located)} | {sum(named)} |", flush=True)  # fmt: skip
+    return result.verdict.value in {"NO_DRIFT", "STRUCTURAL_DRIFT"} and all(found)
 
 
 def callback(quick: bool, folder: Path) -> bool:
@@ -250,7 +293,7 @@ def _timed(context: Context, tokens: list[int], start: int, captures: bool) -> t
 
 def main() -> int:
     """Print the table that was asked for."""
-    tables = {"clean": clean, "faults": faults, "flips": flips, "callback": callback}
+    tables = {"clean": clean, "faults": faults, "flips": flips, "casts": casts, "callback": callback}
     parser = argparse.ArgumentParser(description="Tables of driftprobe in llama.cpp.")
     parser.add_argument("table", choices=tables)
     parser.add_argument("--quick", action="store_true")

@@ -315,7 +315,7 @@ def test_the_page_lists_what_is_missed_with_the_ladder_off_and_says_what_it_stan
     page = report.markdown(scored, "driftprobe 1, git commit abc1234, sources 0123", 997)
     assert "| attn_scale | 1 |" in page.partition("### Ladder off")[2]
     for words in ("git commit abc1234, sources 0123", "3 of the full set's 1,000 cases are measured",
-                  "decisions/0003-limit.md", "`P@threads` and `D@threads` are left out"):  # fmt: skip
+                  "decisions/0003-limit.md", "are left out of the cases: other threads"):  # fmt: skip
         assert words in page
 
 

@@ -33,10 +33,14 @@ LADDER = (
     {"load"},
     {"floor", "validate"},
     {"local"},
+    {"turns"},
     {"matched"},
     {"judgement"},
+    {"products"},
     {"gates", "rows", "row_causes", "impact", "climb", "scores"},
-    {"ties"},
+    {"ties", "cells"},
+    {"failures"},
+    {"modes"},
     {"verdict", "scene"},
     {"thin"},
     {"quick"},
@@ -49,9 +53,9 @@ LADDER = (
 )
 """Lowest first: a module imports from its own step downwards. Modules that stand nowhere are checked one by one."""
 STEP = {name: step for step, names in enumerate(LADDER) for name in names}
-MIDDLE = ("compare", "floor", "local", "matched", "judgement", "gates", "rows", "row_causes", "impact", "climb",
-          "scores", "ties", "verdict", "scene", "columns", "thin", "hypotheses", "explain", "diagnose", "snapshot",
-          "difference", "report")  # fmt: skip
+MIDDLE = ("compare", "floor", "local", "turns", "matched", "judgement", "products", "gates", "rows", "row_causes",
+          "impact", "climb", "scores", "ties", "cells", "failures", "modes", "verdict", "scene", "columns", "thin",
+          "hypotheses", "explain", "diagnose", "snapshot", "difference", "report")  # fmt: skip
 JUDGEMENT = tuple(name for name in MIDDLE if name != "report")
 THIRD_PARTY = {"numpy", "ml_dtypes", "xxhash", "msgspec", "safetensors", "jinja2", "markupsafe", "polars"}
 """What analysis may stand on; torch and transformers are an engine's own."""

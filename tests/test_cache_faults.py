@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +30,7 @@ from driftprobe.plan import Mode  # noqa: E402
 from driftprobe.prompts import make_prompts  # noqa: E402
 from driftprobe.row_causes import cause_of_rows  # noqa: E402
 from driftprobe.verdict import judge  # noqa: E402
-from make_trace import LENGTH, Site, toy  # noqa: E402
+from make_trace import LENGTH, Site, toy, toy_values  # noqa: E402
 from test_engine_hf import KNOWN, OLD  # noqa: E402
 
 CASES = [(fault.name, strength) for fault in MINE for strength in fault.strengths]
@@ -272,3 +273,22 @@ def test_a_gross_fault_of_a_declared_coarser_cache_is_still_found(fault, tmp_pat
     casts = {"k_cache": "int8", "v_cache": "int8"}
     expected, result = planted(HFEngine(models.build("llama"), casts=casts), fault, 1.0, SHORT, tmp_path / "r")
     check(expected, result)
+
+
+@pytest.mark.parametrize("tensor", ["k_cache", "v_cache"])
+def test_k_and_v_are_exchanged_in_an_engine_that_keeps_its_keys_in_another_order(tensor):
+    """It rotates neighbouring dimensions: what is recorded as i and i + 32 stands side by side in its cache."""
+    order = np.concatenate([np.arange(0, 64, 2), np.arange(1, 64, 2)])
+    other = {"k_cache": "v_cache", "v_cache": "k_cache"}[tensor]
+
+    def changed(site: Site, array: np.ndarray) -> np.ndarray:
+        if (site.layer, site.tensor) != (1, tensor) or site.arm not in {"D", "D'"}:
+            return array
+        theirs = toy_values(replace(site, tensor=other), np.dtype(np.float32))
+        reordered = theirs[..., order if tensor == "k_cache" else np.argsort(order)]
+        return np.concatenate([reordered[:LENGTH], array[LENGTH:]])
+
+    trace, arrays = toy(changed)
+    found = diagnose(judge([trace], arrays), [trace], arrays).first_failure
+    assert found is not None
+    assert found.diagnosis == Diagnosis("cache_kv_exchanged", {}, 1, tensor, 0.0, 1.0)

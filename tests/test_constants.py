@@ -65,7 +65,7 @@ def test_a_constant_that_is_none_is_refused(tmp_path: Path, wrong: dict[str, obj
 
 def test_matrices_are_added_beside_the_constants_that_are_there(tmp_path: Path) -> None:
     trace = written(tmp_path)
-    assert add_constants(trace, [EPS, MATRIX], tmp_path) == []
+    assert add_constants(trace, [EPS, MATRIX], tmp_path) == (1, [])
     again = read_trace(tmp_path / trace.path)
     found = constants(again)
     payloads = Payloads(tmp_path)
@@ -78,7 +78,7 @@ def test_matrices_are_added_beside_the_constants_that_are_there(tmp_path: Path) 
 
 def test_a_matrix_beyond_the_budget_is_left_out_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BUDGET", 50)
-    (line,) = add_constants(written(tmp_path), [MATRIX, replace(MATRIX, name="k_proj.weight")], tmp_path)
+    _, (line,) = add_constants(written(tmp_path), [MATRIX, replace(MATRIX, name="k_proj.weight")], tmp_path)
     assert "k_proj.weight of layer 1" in line and "48 bytes" in line
     assert set(constants(read_trace(tmp_path / "p0_as_designed.jsonl"))) == {"attn_norm.eps", "q_proj.weight"}
 
@@ -86,7 +86,7 @@ def test_a_matrix_beyond_the_budget_is_left_out_and_told(tmp_path: Path, monkeyp
 def test_an_incomplete_trace_is_given_no_constants(tmp_path: Path) -> None:
     trace = replace(written(tmp_path), damage="cut")
     before = (tmp_path / trace.path).read_bytes()
-    assert add_constants(trace, [MATRIX], tmp_path) == []
+    assert add_constants(trace, [MATRIX], tmp_path) == (0, [])
     assert (tmp_path / trace.path).read_bytes() == before
 
 

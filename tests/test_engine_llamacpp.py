@@ -206,9 +206,6 @@ def test_a_planted_fault_is_found_with_its_cause(engine, tmp_path, name):
     assert first is not None and expected is not None, result.reason
     assert (first.layer, first.tensor) == (expected.layer, expected.tensor)
     assert result.judgement.modes["kv_aligned"].prompts[0].reading.value == expected.reading
-    if name == "kv_exchanged":  # keys are recorded in another order of dimensions than they stand in the cache
-        assert expected.cause == ""
-        return
     assert first.diagnosis is not None
     assert first.diagnosis.cause == expected.cause
     assert agree(expected.cause, expected.parameters, first.diagnosis.parameters)

@@ -11,11 +11,11 @@ import pytest
 
 from driftprobe.compare import NoPayloads, pair
 from driftprobe.fingerprint import Array
-from driftprobe.judgement import TraceJudgement, Verdict
-from driftprobe.local import LOCAL_LIMIT, bench, own_rounding
+from driftprobe.judgement import Status, TraceJudgement, Verdict
+from driftprobe.local import LOCAL_LIMIT, Ground, bench, own_rounding
 from driftprobe.matched import MIN_Z, match_filters
 from driftprobe.verdict import judge_trace
-from make_trace import Change, Site, both, drifting, toy
+from make_trace import Change, Site, both, drifting, scaled, toy
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FACTS = {"accumulate": "float32"}
@@ -97,7 +97,7 @@ def test_an_error_in_small_elements_too_is_a_failure_below_the_floor(tensor):
     assert (first.layer, first.tensor) == (0, tensor)
     assert first.excess < 1, "the floor alone does not see it"
     assert first.local is not None
-    assert first.local > LOCAL_LIMIT
+    assert first.local.excess > LOCAL_LIMIT
     assert "its own rounding is exceeded" in found.reason
 
 
@@ -311,3 +311,39 @@ def test_a_norm_whose_factor_is_nearly_a_power_of_two_rounds_all_one_way_and_is_
     constants = {"ffn_norm.eps": np.zeros(1), "ffn_norm.centred": np.zeros(1)}
     on = SimpleNamespace(constant=lambda _, name: constants[name], facts=SimpleNamespace(dtype="bfloat16"))
     assert bool(_leans(x, (0, 0, "ffn_norm"), on).any()) is leans
+
+
+ROUNDED_WEIGHTS = {"casts": {"q_proj": "bfloat16"}}
+"""An engine in float32 whose products round what they are given: llama.cpp with a file of BF16."""
+
+
+def of_rotation(q_proj: float, q_rope: float, facts: dict[str, object], layer: int = 0) -> TraceJudgement:
+    """Judge an engine in float32 whose query is off by one share before its rotation and another behind it."""
+    wrong = both(at("q_proj", lambda array: scaled(array, q_proj), layer),
+                 at("q_rope", lambda array: scaled(array, q_rope), layer))  # fmt: skip
+    trace, arrays = toy(both(wrong, behind("x_out")), facts=dict(facts))
+    return judge_trace(trace, arrays)
+
+
+def test_a_rotation_keeps_distances_behind_a_cast_that_hides_it():
+    found = of_rotation(1e-7, 0.1, ROUNDED_WEIGHTS)
+    first = found.first_failure
+    assert first is not None
+    assert (first.layer, first.tensor, first.local and first.local.ground) == (0, "q_rope", Ground.ROTATION)
+    assert first.excess < 4
+    assert "under the limit of" in found.reason
+    assert "a rotation keeps distances" in found.reason
+
+
+@pytest.mark.parametrize(("q_proj", "q_rope"), [(0.05, 0.05), (0.05, 0.1), (0.0, 1e-6)])
+def test_a_rotation_may_pass_its_inputs_difference_on_and_round(q_proj, q_rope):
+    assert of_rotation(q_proj, q_rope, ROUNDED_WEIGHTS).verdict is Verdict.STRUCTURAL_DRIFT
+
+
+@pytest.mark.parametrize("casts", [{}, {"q_proj": "bfloat16", "q_rope": "bfloat16"}])
+def test_a_rotation_is_left_to_the_floor_where_that_is_its_own(casts):
+    """Without a coarser cast the floor is fine; one that is declared of the rotation itself is its own rounding."""
+    found = of_rotation(1e-7, 0.01, {"casts": casts})
+    cell = next(c for c in found.cells if (c.layer, c.tensor) == (0, "q_rope"))
+    assert cell.local is None if not casts else cell.local is not None and cell.local.excess < LOCAL_LIMIT
+    assert cell.status is (Status.PASS if casts else Status.FAIL)

@@ -107,9 +107,9 @@ def test_a_prompt_that_does_not_fit_is_refused_in_five_parts(tokens, what, measu
 
 
 def turned_plan(mode, steps):
-    """Return the plan of a prompt of three chunks, for an engine with both knobs."""
+    """Return the plan of a prompt of three chunks, for an engine with all knobs."""
     prompt = Prompt("p", tuple(range(1, 41)))
-    return make_plan(mode, prompt, steps=steps, seed=0, max_positions=99, knobs=("threads", "chunks"))
+    return make_plan(mode, prompt, steps=steps, seed=0, max_positions=99, knobs=("threads", "chunks", "batch"))
 
 
 def test_knobs_make_controls_of_their_own():
@@ -123,6 +123,9 @@ def test_knobs_make_controls_of_their_own():
     turned = arms(found, "P@threads") + arms(found, "D@threads")
     assert [arm.threads for arm in turned] == [True] * 3
     assert not any(arm.threads for arm in found.arms if arm not in turned)
+    batched = arms(found, "P@batch") + arms(found, "D@batch")
+    assert [arm.batch for arm in batched] == [True] * 3
+    assert not any(arm.batch for arm in found.arms if arm not in batched)
 
 
 @pytest.mark.parametrize("length", [16, 17, 31, 32, 33])
@@ -145,7 +148,7 @@ def test_a_step_may_lie_in_a_chunk_before_the_last():
     assert [[r.position for r in call.reads] for call in chunked.passes] == [[], [31], [32, 33]]
 
 
-def test_a_prompt_within_one_chunk_has_none_and_a_rung_turns_no_threads():
+def test_a_prompt_within_one_chunk_has_none_and_a_rung_turns_neither_threads_nor_batch():
     short = make_plan(Mode.AS_DESIGNED, Prompt("p", (1, 2)), steps=1, seed=0, max_positions=99, knobs=("chunks",))
     assert not arms(short, "P@chunks")
     long = turned_plan(Mode.AS_DESIGNED, steps=1)

@@ -69,6 +69,10 @@ def lost_after(monkeypatch, begins: str) -> None:
     monkeypatch.setattr(Connection, "_once", cut)
 
 
+TASK = ("id", "host", "command", "base", "prompts", "folder")
+"""What the note of a run holds."""
+
+
 # ---- the lock
 
 
@@ -142,10 +146,11 @@ def test_another_prompt_file_or_folder_is_another_run(tmp_path, monkeypatch, cha
         run_there(where, [], at_home(tmp_path), silent, prompts=again)
 
 
-def test_a_damaged_note_is_named(tmp_path):
+@pytest.mark.parametrize("note", ['{"id": ', '["id"]', '{"id": "a"}', json.dumps(dict.fromkeys(TASK, 1))])
+def test_a_damaged_note_is_named(tmp_path, note):
     home = tmp_path / "d/.n.remote"
     home.mkdir(parents=True)
-    (home / "task.json").write_text('{"id": ', encoding="utf-8")
+    (home / "task.json").write_text(note, encoding="utf-8")
     with pytest.raises(UsageError, match="note of a remote run is damaged"):
         run_there(node(tmp_path, "true"), [], at_home(tmp_path), silent)
 
@@ -258,6 +263,56 @@ def test_an_archive_that_is_gone_there_is_named(tmp_path, monkeypatch):
     assert not (tmp_path / "there/lock").is_symlink()
 
 
+def test_an_archive_of_another_digest_is_not_kept_and_comes_again_whole(tmp_path, monkeypatch):
+    from driftprobe import remote_scripts
+
+    where = node(tmp_path, script(tmp_path, TRACES + f"echo once >> {tmp_path}/runs\n"))
+    with monkeypatch.context() as spoiled:
+        spoiled.setattr(remote_scripts, "FETCH", remote_scripts.FETCH.rstrip() + " | tr a b\n")
+        with pytest.raises(EngineError, match="did not come home whole"):
+            run_there(where, [], at_home(tmp_path), silent)
+    assert not (tmp_path / "there/lock").is_symlink()
+    assert not (tmp_path / "d/.n.remote/artifacts.tar.part").exists()
+    assert not (tmp_path / "d/n").exists()
+    assert run_there(where, [], at_home(tmp_path), silent) == 0
+    assert (tmp_path / "runs").read_text(encoding="utf-8") == "once\n", "the run is not repeated"
+    assert list((tmp_path / "d/n/traces").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "said"),
+    [
+        ("PACK", 'cd "$dir"', 'echo good morning\ncd "$dir"', "good morning"),
+        ("FOLLOW", "n=$heard", "exit 5", "its output could not be followed"),
+    ],
+)
+def test_a_step_that_does_something_else_is_told_with_what_it_said(tmp_path, monkeypatch, name, old, new, said):
+    from driftprobe import remote_scripts
+
+    monkeypatch.setattr(remote_scripts, name, getattr(remote_scripts, name).replace(old, new, 1))
+    with pytest.raises(EngineError, match="a step on the node failed") as caught:
+        run_there(node(tmp_path, script(tmp_path, TRACES)), [], at_home(tmp_path), silent)
+    assert said in caught.value.measured
+
+
+def test_more_than_the_archive_that_lies_here_is_fetched_anew(tmp_path):
+    home = tmp_path / "d/.n.remote"
+    home.mkdir(parents=True)
+    (home / "artifacts.tar.part").write_bytes(b"x" * 5_000_000)
+    assert run_there(node(tmp_path, script(tmp_path, TRACES)), [], at_home(tmp_path), silent) == 0
+    assert list((tmp_path / "d/n/traces").iterdir())
+
+
+def test_a_line_without_an_end_is_handed_on_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("driftprobe.remote.MAX_LINE", 10_000)
+    heard: list[str] = []
+    body = TRACES + "head -c 300000 /dev/zero | tr '\\0' x; echo\n"
+    run_there(node(tmp_path, script(tmp_path, body)), [], at_home(tmp_path), heard.append)
+    parts = [line for line in heard if line.strip("x") == ""]
+    assert sum(map(len, parts)) == 300_000
+    assert len(parts) > 1
+
+
 def test_a_lost_connection_is_told(tmp_path, cutter, monkeypatch):  # noqa: F811
     cutter(1_000_000)
     monkeypatch.setattr("driftprobe.remote_ssh.PAUSES", (0.01, 0.01))
@@ -320,3 +375,16 @@ def test_the_earlier_mode_of_the_same_name_is_kept(tmp_path):
     body = f"mkdir -p out/d/n; cp -r {tmp_path}/far/traces out/d/n/\n"
     run_there(node(tmp_path, script(tmp_path, body)), [], at_home(tmp_path), silent)
     assert had < {p.name for p in (tmp_path / "d/n/traces").iterdir()}
+
+
+def test_traces_that_are_none_come_home_and_stand_beside_nothing_earlier(tmp_path):
+    """Which mode they are of cannot be read: the judgement names them, and no earlier trace is taken for theirs."""
+    had = tmp_path / "d/n/traces"
+    trace, _ = toy(mode="kv_aligned")
+    had.mkdir(parents=True)
+    with TraceWriter(had / trace.path, trace.header) as writer:
+        for record in trace.records:
+            writer.record(record)
+    body = "mkdir -p out/d/n/traces; echo '{' > out/d/n/traces/a_as_designed.jsonl\n"
+    assert run_there(node(tmp_path, script(tmp_path, body)), [], at_home(tmp_path), silent) == 0
+    assert (had / "a_as_designed.jsonl").read_text(encoding="utf-8") == "{\n"

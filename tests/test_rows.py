@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from driftprobe.compare import NoPayloads, PayloadSource
-from driftprobe.judgement import RowCheck
+from driftprobe.diagnose import diagnose
+from driftprobe.judgement import RowCheck, Status
+from driftprobe.local import Ground
 from driftprobe.rows import kv_indicators, rows_as_numbers, zero_row_hash
 from driftprobe.trace import Trace
-from driftprobe.verdict import judge_trace
+from driftprobe.verdict import judge, judge_trace
 from make_trace import LENGTH, Arrays, Change, Site, scaled, toy, toy_values, unchanged
 
 FLOAT = np.dtype(np.float32)
@@ -235,3 +237,59 @@ def test_a_differing_cache_of_no_rows_is_checked_in_numbers():
 
     trace, arrays = toy(none)
     assert of_trace(trace, arrays, "k_cache", 1).compared == LENGTH
+
+
+# ---- a wrong row is wrong in K and in V
+
+
+def beside(keys: float, others: float, values: float = 1.0, row: int = 1) -> tuple[Trace, Arrays]:
+    """One row of layer 1 is off by shares of itself in K and V, every other K row by a smaller one."""
+
+    def changed(site: Site, array: np.ndarray) -> np.ndarray:
+        if site.arm not in ("D", "D'") or site.layer != 1 or site.tensor not in ("k_cache", "v_cache"):
+            return array
+        sizes = np.full(len(array), others if site.tensor == "k_cache" else 0.0)
+        sizes[row], sizes[LENGTH] = keys if site.tensor == "k_cache" else values, 0.0
+        return (array * (1 + sizes[:, None, None])).astype(array.dtype)
+
+    return toy(changed, facts={"casts": {"k_cache": "int8", "v_cache": "int8"}})
+
+
+def test_a_row_that_v_fails_in_fails_in_k_where_it_stands_out_there():
+    trace, arrays = beside(keys=0.17, others=0.01)
+    found = judge_trace(trace, arrays)
+    first = found.first_failure
+    assert first is not None
+    assert (first.layer, first.tensor, first.local and first.local.ground) == (1, "k_cache", Ground.VALUES)
+    assert first.excess < 4
+    assert "the rows in which V fails stand out in K too" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("keys", "others", "values"),
+    [(0.17, 0.03, 1.0), (0.05, 0.0, 1.0), (0.17, 0.01, 0.1)],
+    ids=["others differ as much", "no more than rounding", "V passes"],
+)
+def test_a_row_of_k_alone_is_not_picked_for_being_the_largest(keys, others, values):
+    trace, arrays = beside(keys, others, values)
+    found = judge_trace(trace, arrays)
+    assert next(c for c in found.cells if (c.layer, c.tensor) == (1, "k_cache")).status is Status.PASS
+
+
+def test_without_whole_tensors_v_alone_fails():
+    trace, _ = beside(keys=0.17, others=0.01)
+    first = judge_trace(trace, NoPayloads()).first_failure
+    assert first is not None
+    assert first.tensor == "v_cache"
+
+
+def test_a_stale_row_is_named_in_k_though_its_difference_is_under_the_limit_of_all_rows():
+    trace, arrays = beside(keys=0.17, others=0.001)
+    found = diagnose(judge([trace], arrays), [trace], arrays).first_failure
+    assert found is not None
+    assert found.diagnosis is not None
+    assert (found.tensor, found.diagnosis.cause, found.diagnosis.parameters) == (
+        "k_cache",
+        "cache_stale",
+        {"rows": (1,)},
+    )

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from driftprobe.api import analyze, compare
 from driftprobe.cli import group
 from driftprobe.errors import OutputError, UsageError
+from driftprobe.extents import BY_HASH, NO_CONTROL, NOT_KEPT
 from driftprobe.judgement import Verdict
 from driftprobe.payload import payload_file, write_payloads
 from driftprobe.trace import FAILED, Event, Trace, TraceWriter
@@ -233,6 +234,117 @@ def test_other_shapes_cannot_pass_but_other_rows_of_a_cache_can(tmp_path):
     result, _ = compared(tmp_path, left, put(tmp_path / "c", cut("k_cache", slice(None), slice(2, None))))
     assert result.verdict is Verdict.NO_DRIFT
     assert "the two sides keep other rows" in result.reports()["B3_66_V2_FINAL_REPORT.md"]
+
+
+CACHES = ("k_cache", "v_cache")
+
+
+def padded(*tensors: str, by: int = 3, value: float = 9.0, axis: int = 0) -> Change:
+    """Every arm holds more rows, or keys, than the step has positions."""
+
+    def change(site, array):
+        if site.tensor not in tensors:
+            return array
+        more = np.full_like(np.take(array, [0], axis=axis), value)
+        return np.concatenate([array, *[more] * by], axis=axis)
+
+    return change
+
+
+def starting(first: int, *tensors: str):
+    """An edit: these taps' first row is of a later position."""
+    return lambda trace: replace(
+        trace, records=tuple(replace(r, row_start=first) if r.tensor in tensors else r for r in trace.records)
+    )
+
+
+def events(result, prompt: str) -> dict[str, dict[str, int]]:
+    trace: Trace = next(t for t in result.traces if t.header.prompt == prompt)
+    return {event.event: event.measured for event in trace.events}
+
+
+def test_rows_of_a_padded_cache_are_paired_by_position_and_the_rest_is_told(tmp_path):
+    left, right = put(tmp_path / "a", payload=True), put(tmp_path / "b", padded(*CACHES), payload=True)
+    result, _ = compared(tmp_path, left, right)
+    assert result.verdict is Verdict.NO_DRIFT, result.reason
+    for phase in ("prefill", "decode"):
+        over = events(result, f"p0.{phase}")["not compared: rows that the candidate alone has"]
+        assert over == {f"layer {layer} {tap}": 3 for layer in (0, 1) for tap in CACHES}
+    trace = next(t for t in result.traces if t.header.prompt == "p0.prefill")
+    here = {r.arm: r for r in trace.records if (r.layer, r.tensor) == (0, "k_cache")}
+    assert here.keys() >= {"P", "D", "P'", "D'", "E1", "D@E1"}, "controls are cut too"
+    assert {r.shape for r in here.values()} == {(6, 2, 64)}
+    assert "rows that the candidate alone has" in result.reports()["B3_66_V2_FINAL_REPORT.md"]
+
+
+def test_a_fault_in_a_row_of_both_is_found_whatever_else_they_keep(tmp_path):
+    def spoiled(site, array):
+        if site.arm[0] == "D" and (site.layer, site.tensor) == (1, "v_cache"):
+            array = array.copy()
+            array[2] = 0.0
+        return array
+
+    left, right = put(tmp_path / "a", payload=True), put(tmp_path / "b", both(spoiled, padded(*CACHES)), payload=True)
+    result, _ = compared(tmp_path, left, right)
+    first = result.first_failure
+    assert first is not None
+    assert (first.prompt, first.layer, first.tensor) == ("p0.decode", 1, "v_cache")
+    assert first.diagnosis is not None
+    assert (first.diagnosis.cause, first.diagnosis.parameters) == ("cache_zero", {"rows": (2,)})
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_window_is_compared_where_it_is(tmp_path, first):
+    """One side has dropped two rows; named for other positions than they are of, they are other rows."""
+    window = lambda site, array: array[2:] if site.tensor in CACHES else array  # noqa: E731
+    left = put(tmp_path / "a", payload=True)
+    right = put(tmp_path / "b", window, payload=True, edit=starting(first, *CACHES))
+    result, _ = compared(tmp_path, left, right)
+    assert result.verdict is (Verdict.NO_DRIFT if first else Verdict.MISMATCH)
+    assert "not compared: rows that the reference alone has" in events(result, "p0.decode")
+
+
+@pytest.mark.parametrize("payload", [True, False])
+def test_as_many_rows_of_other_positions_are_not_compared_with_each_other(tmp_path, payload):
+    left = put(tmp_path / "a", payload=payload)
+    shifted = lambda site, array: np.roll(array, -1, axis=0) if site.tensor in CACHES else array  # noqa: E731
+    right = put(tmp_path / "b", shifted, payload=payload, edit=starting(1, *CACHES))
+    result, _ = compared(tmp_path, left, right)
+    assert result.verdict is Verdict.NO_DRIFT
+    assert any(event.startswith("not compared: ") for event in events(result, "p0.decode"))
+
+
+@pytest.mark.parametrize(("value", "seen"), [(-np.inf, False), (0.5, True)])
+def test_keys_that_one_side_alone_has_may_be_left_over_where_they_are_masked(tmp_path, value, seen):
+    left = put(tmp_path / "a", payload=True)
+    right = put(tmp_path / "b", padded("attn_scores", value=value, axis=-1), payload=True)
+    result, _ = compared(tmp_path, left, right)
+    assert result.verdict is (Verdict.MISMATCH if seen else Verdict.NO_DRIFT)
+    if seen:
+        assert result.first_failure is not None
+        assert result.first_failure.tensor == "attn_scores"
+    else:
+        over = events(result, "p0.decode")["not compared: keys without weight that the candidate alone has"]
+        assert over == {"layer 0 attn_scores": 3, "layer 1 attn_scores": 3}
+
+
+@pytest.mark.parametrize("size", [0.0, 0.5])
+def test_without_whole_tensors_other_rows_are_left_over_and_hashes_say_whether_the_shared_ones_are_equal(
+    tmp_path, size
+):
+    change = both(drifting(size, arms=("D", "D'"), start=(1, "k_cache")), padded(*CACHES))
+    result, _ = compared(tmp_path, put(tmp_path / "a"), put(tmp_path / "b", change))
+    told = events(result, "p0.decode")
+    assert told[f"not compared: {BY_HASH}"]["layer 0 k_cache"] == 1
+    assert (f"not compared: {NOT_KEPT}" in told) == bool(size)
+
+
+def test_a_control_whose_rows_cannot_be_cut_is_left_over_and_told(tmp_path):
+    change = both(drifting(1e-7, arms=("E1",), start=(0, "k_cache")), padded(*CACHES))
+    left, right = put(tmp_path / "a", payload=True), put(tmp_path / "b", change, payload=True)
+    result, _ = compared(tmp_path, left, right)
+    assert result.verdict is Verdict.NO_DRIFT
+    assert events(result, "p0.prefill")[f"not compared: {NO_CONTROL}"]["layer 0 k_cache"] == 1
 
 
 def test_a_next_token_of_its_own_is_not_available_and_what_lies_before_it_is_compared(tmp_path):

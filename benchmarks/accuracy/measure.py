@@ -28,6 +28,7 @@ from driftprobe.load import load_traces
 from driftprobe.options import RunOptions, plan_for, rung_of
 from driftprobe.payload import Payloads
 from driftprobe.plan import Mode, Plan, Prompt, at_rung
+from driftprobe.products import wanted_matrices
 from driftprobe.taps import execution_order
 from driftprobe.trace import Trace
 from driftprobe.verdict import judge
@@ -144,7 +145,9 @@ def _seen(case: Case, engine: Any, plan: Plan, folder: Path) -> Seen:
     with kept(case, engine) as expected:
         _capture(plan, engine, folder)
         seen = _read(folder, expected)
-        return _read(folder, expected) if _add_matrices(engine, seen, folder) else seen
+        while _add_matrices(engine, seen, folder):
+            seen = _read(folder, expected)
+        return seen
 
 
 def _read(folder: Path, expected: Expected | None) -> Seen:
@@ -156,16 +159,14 @@ def _read(folder: Path, expected: Expected | None) -> Seen:
 
 
 def _add_matrices(engine: Any, seen: Seen, folder: Path) -> bool:
-    """Add the matrices of the op that failed to the trace that a diagnosis reads, as a run does; whether any was."""
+    """Add the matrices that the judgements ask for to the traces, as a run does; whether any was."""
     by_file = {trace.path: trace for trace in seen.traces}
-    failing = {}
+    added = 0
     for judgement in filter(None, (seen.black_box, seen.ladder)):
-        judged = _only(judgement)
-        if judged.first_failure is not None:
-            failing[judged.decided_by.file] = judged.first_failure
-    for file, first in failing.items():
-        add_constants(by_file[file], engine.weights(first.layer, first.tensor), folder)
-    return bool(failing)
+        for file, places in wanted_matrices(judgement).items():
+            constants = [constant for place in places for constant in engine.weights(*place)]
+            added += add_constants(by_file[file], constants, folder)[0]
+    return added > 0
 
 
 def _capture(plan: Plan, engine: Any, folder: Path) -> None:

@@ -61,8 +61,8 @@ def engine(architecture: str, dtype: str, kernel: str, seed: int) -> Any:
         made: Any = open_engine(model="builtin:tiny", dtype=dtype, attn=kernel)
     else:
         made = HFEngine(tiny.build(architecture, attn=kernel, dtype=dtype, seed=seed), label=architecture)
-    # Cases run on one thread each; another number of threads is a variation of its own, not a control of every case.
-    made.knobs = tuple(knob for knob in made.knobs if knob != "threads")
+    # Cases run on one thread each; other threads and a batch are variations of their own, not controls of every case.
+    made.knobs = tuple(knob for knob in made.knobs if knob not in {"threads", "batch"})
     return made
 
 

@@ -86,8 +86,8 @@ _CAVEATS = (
     "architectures ([decision](decisions/0003-limit.md)), held-out ones included, and the local test was looked at on "
     "clean runs of 12.",
     "",
-    "Each case runs on one thread. The controls `P@threads` and `D@threads` are left out of the cases: another number "
-    "of threads is a benign variation of its own.",
+    "Each case runs on one thread. The controls `P@threads`, `D@threads`, `P@batch` and `D@batch` are left out of the "
+    "cases: other threads and a batch are benign variations of their own.",
     "",
 )
 

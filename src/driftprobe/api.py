@@ -36,6 +36,7 @@ from driftprobe.load import load_traces, traces_folder
 from driftprobe.options import RunOptions, Weighed, make_plans, parse_mode, rung_of
 from driftprobe.payload import Payloads
 from driftprobe.plan import Plan, Prompt, at_rung
+from driftprobe.products import wanted_matrices
 from driftprobe.prompts import LENGTHS, Source, boundary_prompts, builtin_prompt, make_prompts
 from driftprobe.prune import prune_payloads
 from driftprobe.quick import Quick, load_quickly
@@ -291,8 +292,9 @@ def run(
 def finish(engine: Weighed, stage: Layout, payload: str) -> Result:
     """Judge what was captured, add the matrices that a diagnosis asks for, and keep the payloads that are needed."""
     result = analyze(stage.root)
-    if payload != "none" and _add_matrices(engine, result, stage):
-        result = analyze(stage.root)
+    if payload != "none":
+        while add_matrices(engine, result.judgement, result.traces, stage):
+            result = analyze(stage.root)
     if payload == "failing":
         for mode in result.judgement.modes.values():
             for judged in mode.prompts:
@@ -303,21 +305,18 @@ def finish(engine: Weighed, stage: Layout, payload: str) -> Result:
     return result
 
 
-def _add_matrices(engine: Weighed, result: Result, stage: Layout) -> bool:
-    """Add the matrices of each first failure's op to its trace; returns whether any trace has one."""
-    failing = [
-        (judged, judged.first_failure)
-        for mode in result.judgement.modes.values()
-        for judged in mode.prompts
-        if judged.first_failure is not None
-    ]
-    for judged, first in failing:
-        trace = next(t for t in result.traces if t.path == judged.decided_by.file)
-        left_out = add_constants(trace, engine.weights(first.layer, first.tensor), stage.traces)
+def add_matrices(engine: Weighed, judgement: Judgement, traces: Sequence[Trace], stage: Layout) -> bool:
+    """Add the matrices that a judgement asks for to its traces; returns whether any was added: then judge again."""
+    added = False
+    for file, places in wanted_matrices(judgement).items():
+        trace = next(t for t in traces if t.path == file)
+        constants = (constant for place in places for constant in engine.weights(*place))
+        new, left_out = add_constants(trace, constants, stage.traces)
+        added |= bool(new)
         if left_out:
-            with (stage.logs / trace.path.replace(".jsonl", ".log")).open("a", encoding="utf-8") as log:
+            with (stage.logs / file.replace(".jsonl", ".log")).open("a", encoding="utf-8") as log:
                 log.writelines(f"{line}\n" for line in left_out)
-    return bool(failing)
+    return added
 
 
 def builtin_prompts(engine: Engine, names: Iterable[str] = tuple(LENGTHS)) -> list[Prompt]:

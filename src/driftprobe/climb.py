@@ -27,7 +27,7 @@ from driftprobe.judgement import (
 )
 from driftprobe.local import LOCAL_LIMIT
 from driftprobe.matched import MIN_Z
-from driftprobe.taps import CACHE_TAPS, CANDIDATE, REFERENCE, execution_order, place
+from driftprobe.taps import CANDIDATE, REFERENCE, execution_order, place
 from driftprobe.trace import EngineFacts
 
 MODERATE = 4 * LIMIT
@@ -99,7 +99,7 @@ def _scale(failures: Sequence[Failure], slopes: Sequence[Slope]) -> bool:
 
 def _moderate(failure: Failure) -> bool:
     """Whether a failure may be a margin set too low; one that moves all elements one way is no tail of anything."""
-    local = 0.0 if failure.local is None else failure.local
+    local = 0.0 if failure.local is None else failure.local.excess
     return failure.match is None and local <= MODERATE / LIMIT * LOCAL_LIMIT and failure.excess <= MODERATE
 
 
@@ -191,13 +191,9 @@ def in_words(failure: Failure) -> str:
     where = f"{place(failure.layer, failure.tensor)}, prompt {failure.prompt}, {at}{rung}"
     lead = f"{failure.phase} differs from {reference} at {where}: drift {failure.drift:.2e}, "
     if failure.local is not None:
-        same = "the op's inputs are bit for bit equal"
-        if failure.tensor in CACHE_TAPS:
-            same = "nothing but ops on single tokens stands before these rows"
-        return (
-            f"{lead}under the floor of {failure.floor:.2e}, but {same} and its own "
-            f"rounding is exceeded ×{failure.local:.3g} (limit {LOCAL_LIMIT:g})"
-        )
+        under = f"floor of {failure.floor:.2e}" if failure.excess < 1.0 else f"limit of {LIMIT * failure.floor:.2e}"
+        words = f"{failure.local.ground.words} ×{failure.local.excess:.3g}"
+        return f"{lead}under the {under}, but {words} (limit {LOCAL_LIMIT:g})"
     if failure.match is not None:
         found = failure.match
         return (

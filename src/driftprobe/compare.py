@@ -175,9 +175,14 @@ _ROWS_AXIS = {"k_cache": 0, "v_cache": 0, "attn_scores": -1, "attn_probs": -1}
 """Taps with a row, or a column, for each position that the step sees: one side may see more than the other."""
 
 
+def rows_axis(tensor: str) -> int | None:
+    """Return the axis along which a tap has a row, or a key, for each position that the step sees; None without one."""
+    return _ROWS_AXIS.get(tensor)
+
+
 def other_extent(left: Record, right: Record) -> bool:
     """Whether two records differ in shape by the number of positions seen, and by nothing else."""
-    axis = _ROWS_AXIS.get(left.tensor)
+    axis = rows_axis(left.tensor)
     if axis is None or not left.shape or not right.shape or len(left.shape) != len(right.shape):
         return False
     rest = [tuple(n for i, n in enumerate(r.shape or ()) if i != axis % len(left.shape)) for r in (left, right)]

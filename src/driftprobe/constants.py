@@ -37,14 +37,14 @@ def tensor_name(record: Record) -> str:
     return f"{'model' if record.layer is None else record.layer}.{record.tensor}"
 
 
-def add_constants(trace: Trace, constants: Iterable[Constant], folder: Path) -> list[str]:
+def add_constants(trace: Trace, constants: Iterable[Constant], folder: Path) -> tuple[int, list[str]]:
     """Add constants, beyond those that it has, to a trace in a folder, and rewrite it there.
 
-    Returns a line for each that the budget leaves out. An incomplete trace is left as it is: writing it again would
-    give it a footer.
+    Returns how many were new, and a line for each that the budget leaves out. An incomplete trace is left as it is:
+    writing it again would give it a footer.
     """
     if trace.damage or trace.foreign:
-        return []
+        return 0, []
     name = trace.path.removesuffix(".jsonl")
     known = {(r.layer, r.tensor) for r in trace.records if r.arm == CONSTANTS}
     new: list[Record] = []
@@ -65,7 +65,7 @@ def add_constants(trace: Trace, constants: Iterable[Constant], folder: Path) -> 
         arrays[tensor_name(record)] = constant.array
     if new:
         _write(trace, new, arrays, folder)
-    return left_out
+    return len(new), left_out
 
 
 def _write(trace: Trace, new: list[Record], arrays: dict[str, Array], folder: Path) -> None:

@@ -165,6 +165,8 @@ def _what_it_tells(control: Failure) -> str:
 
 
 _KNOBS = {
+    "batch": "a second sequence beside it in the batch, beyond rounding: rows of the batch mixed up, or a shape "
+    "taken for one sequence",
     "threads": "the number of threads, beyond rounding: a reduction that depends on it, or a race",
     "chunks": "the prefill being fed in chunks, beyond rounding: positions, mask or cache of a call on a filled cache",
 }

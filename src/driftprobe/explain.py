@@ -11,7 +11,7 @@ from driftprobe.compare import SCORES
 from driftprobe.fingerprint import Float64, l2_norm
 from driftprobe.floor import LIMIT
 from driftprobe.hypotheses import HYPOTHESES, Prediction
-from driftprobe.hypotheses.base import PREFILL
+from driftprobe.hypotheses.base import MIN_EXPLAINED, PREFILL
 from driftprobe.hypotheses.blame import blame
 from driftprobe.hypotheses.sides import side_and_calls
 from driftprobe.judgement import Diagnosis
@@ -19,8 +19,6 @@ from driftprobe.scene import Scene
 
 PERFECT = 1e-12
 """Share of the squared difference that may be left where nothing is left: a millionth of it, which is rounding."""
-MIN_EXPLAINED = 0.99
-"""Share of the squared difference that a cause must explain, beside leaving no more than the floor's limit over."""
 
 
 def explain(scene: Scene) -> Diagnosis | None:

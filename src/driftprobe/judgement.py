@@ -88,6 +88,8 @@ class Cell:
     """What the op's own rounding allows, where its inputs are bit for bit equal and the local test could be made."""
     match: Match | None = None
     """The matched filter that found this tap, if one did."""
+    unlike: float | None = None
+    """How much more a linear op's result differs than its input, where its matrix would tell more (`products`)."""
 
     @property
     def beyond_floor(self) -> bool:
@@ -256,8 +258,8 @@ class Failure:
     root_cause: str = ""
     arm: str = "D"
     """The candidate's arm: D, or the control that is no innocent."""
-    local: float | None = None
-    """Excess over the op's own rounding, where that told the failure and the floor did not."""
+    local: Local | None = None
+    """The local test, where that told the failure and the floor did not."""
     match: Match | None = None
     """The matched filter that told the failure, where neither the floor nor the local test did."""
     diagnosis: Diagnosis | None = None

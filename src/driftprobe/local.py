@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 
 import numpy as np
 
 from driftprobe.compare import SCORES, Pair, PayloadSource, without_shift
-from driftprobe.fingerprint import UNIT_ROUNDOFF, Float64, to_float64
+from driftprobe.fingerprint import CAST_ROUNDOFF, UNIT_ROUNDOFF, Float64, l2_norm, to_float64
 from driftprobe.taps import BY_NAME, CACHE_TAPS
 from driftprobe.trace import CONSTANTS, EngineFacts, Record, Trace
 
@@ -28,11 +29,40 @@ SUM_ERRORS = 4.0
 COARSE = UNIT_ROUNDOFF["float16"]
 """Dtypes from this roundoff up are tested locally; finer ones round as their sums do, which the floor measures."""
 
+INPUT_ERRORS = 2.0
+"""How many times its inputs' distance a rotation's results may be apart: more than once, for a factor of their own."""
+ANGLE_ERRORS = 32.0
+"""Unit roundoffs, for each position, by which an angle may be off: fast trigonometric functions lose some."""
+
 _SUBNORMAL = {"float16": 2.0**-24, "float8_e4m3fn": 2.0**-9, "float8_e5m2": 2.0**-16}
 """Smallest positive number of a dtype whose range is so narrow that results fall below it."""
 
 Place = tuple[int, int | None, str]
 """Step, layer, tensor."""
+
+
+class Ground(str, Enum):
+    """Why a difference under the floor is no rounding."""
+
+    INPUTS = "inputs"
+    TOKENS = "tokens"
+    ROTATION = "rotation"
+    VALUES = "values"
+    PRODUCT = "product"
+
+    @property
+    def words(self) -> str:
+        """The ground as a clause that its excess follows."""
+        return _GROUNDS[self]
+
+
+_GROUNDS = {
+    Ground.INPUTS: "the op's inputs are bit for bit equal and its own rounding is exceeded",
+    Ground.TOKENS: "nothing but ops on single tokens stands before these rows and its own rounding is exceeded",
+    Ground.ROTATION: "a rotation keeps distances, and what its input's difference and its rounding allow is exceeded",
+    Ground.PRODUCT: "what the matrix makes of its inputs' difference is taken off and its own rounding is exceeded",
+    Ground.VALUES: "the rows in which V fails stand out in K too, and what any other row allows is exceeded",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +72,8 @@ class Local:
     excess: float
     """Root mean square, over the elements, of the difference in units of the op's own rounding error there."""
     inputs: tuple[str, ...]
-    """The taps that the op reads: bit for bit equal on both sides."""
+    """The taps that the op reads: bit for bit equal on both sides, unless its ground says otherwise."""
+    ground: Ground = Ground.INPUTS
 
 
 @dataclass(frozen=True)
@@ -111,7 +142,7 @@ def own_rounding(pair: Pair, on: Bench) -> Local | None:
     """Return the local test of a pair; None where it cannot be made.
 
     It needs both whole tensors, inputs that were recorded and are bit for bit equal, an op whose rounding is known, and
-    a dtype that rounds more coarsely than sums do.
+    a dtype that rounds more coarsely than sums do. A rotation behind a coarser cast is tested with other inputs too.
     """
     record = pair.reference
     place = (record.step, record.layer, record.tensor)
@@ -119,6 +150,8 @@ def own_rounding(pair: Pair, on: Bench) -> Local | None:
         return _stored_rows(pair, place, on)
     if record.tensor in {"k_rope", "v_proj"} and coarser_cache(on.facts):
         return None  # a latent comes back from the cache before it is taken apart
+    if record.tensor in {"q_rope", "k_rope"} and _finer_than_casts(on.facts):
+        return _turned(pair, place, on)
     spread = _SPREADS.get(record.tensor)
     inputs = () if spread is None else sources(place, on.pairs)
     if spread is None or not inputs or pair.drift.equal or not coarse(on.facts):
@@ -139,9 +172,16 @@ def _measured(
     seen = np.isfinite(p) & np.isfinite(d)
     if size is None or not seen.any() or not (seen | (p == d)).all():
         return None
-    unit = u * size.products[seen] + size.sums * _rms(p[seen]) + on.smallest(place)
     gaps = np.abs(d - p, where=seen, out=np.zeros_like(p))[seen]
+    unit = u * size.products[seen] + size.sums * _rms(p[seen]) + on.smallest(place)
     return Local(_in_units(gaps, unit), tuple(source[2] for source in inputs))
+
+
+def product_excess(place: Place, p: Float64, gaps: Float64, terms: int, on: Bench) -> float:
+    """Return how far `gaps` exceed what a product of `terms` terms with result p rounds by, as `Local.excess` says."""
+    size = _product_of(place, p, on, terms)
+    unit = on.roundoff(place) * size.products + size.sums * _rms(p) + on.smallest(place)
+    return _in_units(np.abs(gaps), unit)
 
 
 def _stored_rows(pair: Pair, place: Place, on: Bench) -> Local | None:
@@ -166,7 +206,33 @@ def _stored_rows(pair: Pair, place: Place, on: Bench) -> Local | None:
         else _stored(place, p, on)
     )
     unit = on.roundoff(place) * size.products + _row_sums(on.facts) * _rms(p)
-    return Local(_in_units(np.abs(d - p), unit), ("the tokens",))
+    return Local(_in_units(np.abs(d - p), unit), ("the tokens",), Ground.TOKENS)
+
+
+def _finer_than_casts(facts: EngineFacts) -> bool:
+    """Whether an engine stores finely what has been through a coarser cast, whose floor it has from there on."""
+    return not coarse(facts) and any(CAST_ROUNDOFF.get(dtype, 0.0) >= COARSE for dtype in facts.casts.values())
+
+
+def _turned(pair: Pair, place: Place, on: Bench) -> Local | None:
+    """Return the test of a rotation by distances, which it keeps: ‖Rd − Rp‖ = ‖d − p‖, however far apart the two are.
+
+    Cosine and sine may be as far off as their angle is rounded, which grows with the position.
+    """
+    given, position = sources(place, on.pairs), pair.reference.logical_tok_idx
+    if len(given) != 1 or position is None or pair.drift.equal:
+        return None
+    before, after = ((on.reference(*at), on.candidate(*at)) for at in (given[0], place))
+    found = [x for x in (*before, *after) if x is not None]
+    if len(found) < 4 or len({x.shape for x in found}) > 1 or not all(np.isfinite(x).all() for x in found):
+        return None
+    p, d, turned_p, turned_d = found
+    size, turned_size = l2_norm(p.reshape(-1)), l2_norm(turned_p.reshape(-1))
+    gain = max(1.0, turned_size / size) if size > 0.0 else 1.0
+    own = on.roundoff(place) * (2.0 + ANGLE_ERRORS * (1 + position)) * turned_size
+    allowed = INPUT_ERRORS * gain * l2_norm((d - p).reshape(-1)) + own
+    gap = l2_norm((turned_d - turned_p).reshape(-1))
+    return Local(gap / allowed if allowed > 0.0 else 0.0, (given[0][2],), Ground.ROTATION)
 
 
 def coarser_cache(facts: EngineFacts) -> bool:
@@ -275,11 +341,13 @@ def _product(place: Place, p: Float64, on: Bench) -> _Size | None:
     """
     if not on.facts.accumulate:
         return None
-    _, layer, tensor = place
-    bias = on.constant(layer, f"{tensor}.bias")
-    offset = np.abs(bias.reshape(p.shape[1:])) if bias is not None and bias.size == p[0].size else 0.0
     given = next((on.reference(*source) for source in sources(place, on.pairs)), None)
-    terms = 1.0 if given is None else float(given[0].size)
+    return _product_of(place, p, on, 1 if given is None else given[0].size)
+
+
+def _product_of(place: Place, p: Float64, on: Bench, terms: int) -> _Size:
+    bias = on.constant(place[1], f"{place[2]}.bias")
+    offset = np.abs(bias.reshape(p.shape[1:])) if bias is not None and bias.size == p[0].size else 0.0
     return _Size(np.abs(p) + offset, SUM_ERRORS * _sum_roundoff(on.facts) * float(np.sqrt(terms)))
 
 

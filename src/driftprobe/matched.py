@@ -28,14 +28,15 @@ from driftprobe.compare import Pair
 from driftprobe.fingerprint import UNIT_ROUNDOFF, Float64
 from driftprobe.local import Bench, Place, coarse, coarser_cache, sources
 from driftprobe.taps import CACHE_TAPS
+from driftprobe.turns import BASE, turns
 
 MIN_Z = 5.0
 """Standard errors from which a projection is no accident: 6e-7 two-sided; a run makes some ten projections."""
 ROUNDINGS = 0.82
 """Standard deviation of the difference of two roundings, each uniform within a unit roundoff: √(2/3)."""
 MIN_SHARE = 1 / 4
-"""Smallest relative change, in unit roundoffs of the stored dtype, that is a fault. Kernels that round a scale or a
-soft-cap in another order lean one way by less: 0.21 is the most that was seen."""
+"""Smallest relative change, in unit roundoffs of the stored dtype, that is a fault; of a rotation, that of the pair
+which turns most. Kernels that round a scale or a soft-cap in another order lean one way by less: 0.21 at most."""
 
 LEAST_SHARE = {"mlp_out": 1.5}
 """The same for taps whose rounding can lean: where one hidden unit outweighs the others, its rounding moves the whole
@@ -70,6 +71,8 @@ class _Projection:
     """difference · direction / variance, element by element."""
     weight: float
     """Σ direction² / variance."""
+    most: float = 1.0
+    """The largest |direction| / size: how much the element that moves most does, relatively, under a share of 1."""
 
 
 def match_filters(pairs: Iterable[Pair], on: Bench) -> tuple[Match, ...]:
@@ -93,7 +96,7 @@ def match_filters(pairs: Iterable[Pair], on: Bench) -> tuple[Match, ...]:
 
 
 _Variant = int | str
-"""Which direction of a tap: `all` of it along itself, one head of it, or the turn of a rotation."""
+"""Which direction of a tap: `all` of it along itself, one head of it, or a turn of a rotation and its pairing."""
 _Group = tuple[int, _Variant]
 """What is pooled: a direction, and for cache rows, which are the same ones at every step, a step."""
 
@@ -132,14 +135,14 @@ def _clearness(match: Match, price: float) -> float:
 
 
 def _projections(place: Place, on: Bench) -> Iterator[tuple[_Variant, _Projection]]:
-    p, gap = on.reference(*place), _difference(place, on)
-    if p is None or gap is None or gap.shape != p.shape:
-        return
     if place[2] in CACHE_TAPS | set(_TURNED) and coarser_cache(on.facts):
         return  # a grid of few steps takes small elements to zero, which is a direction; a latent comes back from it
-    if place[2] in _TURNED:
-        for pairing, direction, size in _turns(place, p, on):
-            yield from _projected(pairing, place, gap, direction, size)
+    p, d = on.reference(*place), on.candidate(*place)
+    if place[2] in _TURNED and p is not None and d is not None and p.shape == d.shape:
+        for turn in turns(place, p, d, on):
+            yield from _projected(f"{turn.kind} {turn.pairing}", place, turn.gap, turn.direction, turn.size)
+    gap = None if place[2] in _TURNED else _difference(place, on)
+    if p is None or gap is None or gap.shape != p.shape:
         return
     yield from _projected("all", place, gap, p, _error_size(place, p))
     if place[2] in CACHE_TAPS and p.shape[1] > 1:
@@ -159,25 +162,8 @@ def _projected(
     seen = np.isfinite(direction) & np.isfinite(gap) & (size != 0)
     if seen.any():
         direction, gap, variance = direction[seen], gap[seen], np.square(size[seen])
-        yield variant, _Projection(place, gap * direction / variance, float((np.square(direction) / variance).sum()))
-
-
-def _turns(place: Place, p: Float64, on: Bench) -> Iterator[tuple[str, Float64, Float64]]:
-    """Yield how a rotated tensor moves as its position is stretched, for both pairings, and how large it is."""
-    frequencies = on.constant(place[1], "rope.inv_freq")
-    position = on.pairs[place].reference.logical_tok_idx
-    if frequencies is None or not position or 2 * frequencies.size > p.shape[-1]:
-        return
-    count, angle = frequencies.size, frequencies.reshape(-1) * position
-    rotated = p[..., : 2 * count]
-    halves, neighbours = (slice(0, count), slice(count, None)), (slice(0, None, 2), slice(1, None, 2))
-    for pairing, (first, second) in (("halves", halves), ("neighbours", neighbours)):
-        a, b = rotated[..., first], rotated[..., second]
-        direction, size = np.zeros_like(p), np.zeros_like(p)
-        turned, sized = direction[..., : 2 * count], size[..., : 2 * count]
-        turned[..., first], turned[..., second] = -b * angle, a * angle
-        sized[..., first] = sized[..., second] = np.hypot(a, b)
-        yield pairing, direction, size
+        each = np.square(direction) / variance
+        yield variant, _Projection(place, gap * direction / variance, float(each.sum()), float(each.max()) ** 0.5)
 
 
 def _difference(place: Place, on: Bench) -> Float64 | None:
@@ -287,18 +273,19 @@ def _pooled(tensor: str, variant: _Variant, items: list[_Projection], on: Bench)
     z, share = total / spread, total / weight
     if tensor in _TURNED:  # few pairs turn: in units of the roundings of both sides, which no pair's can exceed
         z = max(z, total / (ROUNDINGS * on.roundoff(items[0].place) * weight**0.5), key=abs)
-    if abs(z) < MIN_Z or abs(share) < LEAST_SHARE.get(tensor, MIN_SHARE) * _coarsest(items[0].place, on):
+    moved = abs(share) * (max(item.most for item in items) if tensor in _TURNED else 1.0)
+    if abs(z) < MIN_Z or moved < LEAST_SHARE.get(tensor, MIN_SHARE) * _coarsest(items[0].place, on):
         return None
     first = _first_of(items, share).place
     named = _NAMES[tensor](share, first, on)
     if named is None:
         return None
     cause, parameters = named
+    if isinstance(variant, str) and variant.startswith(BASE):
+        cause, parameters = "rope_base", {"factor": math.exp(share)}
     if isinstance(variant, int):
         cause, parameters = "cache_head_scale", {"head": variant, "factor": 1.0 + share}
-    return Match(
-        tensor, first[0], first[1], cause, parameters, share, spread / weight, z, tuple(i.place for i in items)
-    )
+    return Match(tensor, first[0], first[1], cause, parameters, share, abs(share / z), z, tuple(i.place for i in items))
 
 
 def _coarsest(place: Place, on: Bench) -> float:

@@ -21,7 +21,7 @@ CHUNK = 16
 """Tokens of a chunk of control P@chunks: a prefill fed in several calls on one cache."""
 ARMS: tuple[str, ...] = ("P", "D", "P'", "D'", "E", "A")
 """Arms that an engine may know; the first two every engine must. E stands for all extensions."""
-KNOBS = ("threads", "chunks")
+KNOBS = ("threads", "chunks", "batch")
 """What an engine may let us turn without changing what it computes; each makes controls of its own, `P@chunks`…"""
 NOISE_ARMS = 2
 """How many prefills with rounding noise, N1 and N2, an engine runs that can perturb itself."""
@@ -93,6 +93,8 @@ class Arm:
     """Arm N: every op's result is perturbed by a rounding error, drawn from this seed."""
     threads: bool = False
     """Run with another number of threads than the engine's own."""
+    batch: bool = False
+    """Run as the first row of a batch of two, beside a sequence of other tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +173,11 @@ def _check_arms(mode: Mode, arms: Sequence[str]) -> None:
 
 
 def at_rung(plan: Plan, rung: str) -> Plan:
-    """Return a plan's second run at a rung of the precision ladder: the same arms, but for repetitions and threads.
+    """Return a plan's second run at a rung of the precision ladder: but for repetitions, threads and batches.
 
-    Whether the engine repeats itself, and what threads do to it, was asked in the first run.
+    Whether the engine repeats itself, and what threads and a batch do to it, was asked in the first run.
     """
-    kept = tuple(arm for arm in plan.arms if not arm.name.endswith("'") and not arm.threads)
+    kept = tuple(arm for arm in plan.arms if not arm.name.endswith("'") and not (arm.threads or arm.batch))
     return replace(plan, rung=rung, arms=kept)
 
 
@@ -236,16 +238,22 @@ def _routed_decode(name: str, n: int, step: int) -> Arm:
 
 
 def _turned(n: int, steps: int, knobs: Sequence[str]) -> list[Arm]:
-    """Return the controls of an engine's knobs: another number of threads, a prefill in chunks."""
+    """Return the controls of an engine's knobs: another number of threads, a batch of two, a prefill in chunks."""
     arms: list[Arm] = []
     if "threads" in knobs:
-        plain = [*(_prefill("P@threads", n, step, keep=False) for step in range(steps)), _decode("D@threads", n, steps)]
-        arms += [replace(arm, threads=True) for arm in plain]
+        arms += [replace(arm, threads=True) for arm in _once_more("@threads", n, steps)]
+    if "batch" in knobs:
+        arms += [replace(arm, batch=True) for arm in _once_more("@batch", n, steps)]
     if "chunks" in knobs and n >= CHUNK:
         reads = [Read("P@chunks", Phase.PREFILL_CHUNKED, step, n + step) for step in range(steps)]
         bounds = [*range(0, n + steps - 1, CHUNK), n + steps]  # no last chunk of one token: that would be a decode step
         arms.append(Arm("P@chunks", tuple(_chunk(low, high, reads) for low, high in pairwise(bounds))))
     return arms
+
+
+def _once_more(knob: str, n: int, steps: int) -> list[Arm]:
+    """Return P of every step, and D, under a knob's name."""
+    return [*(_prefill(f"P{knob}", n, step, keep=False) for step in range(steps)), _decode(f"D{knob}", n, steps)]
 
 
 def _chunk(start: int, stop: int, reads: Sequence[Read]) -> Pass:

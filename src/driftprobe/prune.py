@@ -7,6 +7,7 @@ from pathlib import Path
 
 from driftprobe.fingerprint import Array
 from driftprobe.judgement import Cell, Status, TraceJudgement
+from driftprobe.local import Ground
 from driftprobe.payload import Payloads, write_payloads
 from driftprobe.taps import CACHE_TAPS
 from driftprobe.trace import CONSTANTS, Record, Trace, TraceWriter
@@ -49,6 +50,8 @@ def prune_payloads(trace: Trace, judged: TraceJudgement, folder: Path) -> None:
     partial.replace(folder / trace.path)
 
 
+_BESIDE = {Ground.PRODUCT, Ground.ROTATION, Ground.VALUES}
+"""Grounds of local tests that look at other tensors' values, not only at whether they are equal."""
 KEPT_FROM = 0.5
 """Share of its limit from which a drift keeps its whole tensors: a sketch in their place may err across the limit."""
 
@@ -56,11 +59,15 @@ KEPT_FROM = 0.5
 def _wanted(judged: TraceJudgement) -> set[_Where]:
     """Return the places whose whole tensors are needed to judge again as before.
 
-    They are the failures and near ones, what a matched filter pooled, where a cache tap fails K and V rows of all
-    layers, and the rows that show an earlier token's tie flip. `_explains` adds what a diagnosis reads.
+    They are the failures and near ones, what a local test compared them with, what a matched filter pooled, where
+    a cache tap fails K and V rows of all layers, and the rows that show an earlier token's tie flip. `_explains` adds
+    what a diagnosis reads.
     """
     cells = (*judged.cells, *judged.aligned_cells)
     failing: set[_Where] = {(c.step, c.layer, c.tensor) for c in cells if c.status is Status.FAIL or _close(c)}
+    beside = [c for c in cells if c.status is Status.FAIL and c.local is not None and c.local.ground in _BESIDE]
+    given = [(c, name) for c in beside if c.local is not None for name in c.local.inputs]
+    failing |= {(c.step, None if name == "final_norm" else c.layer, name) for c, name in given}
     matches = (*judged.matches, *(failure.match for failure in judged.failures))
     failing |= {where for match in matches if match is not None for where in match.places}
     failing |= {(flip.step, flip.layer, tap) for flip in judged.flips if flip.earlier for tap in CACHE_TAPS}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -16,11 +16,16 @@ import numpy as np
 from driftprobe.compare import PayloadSource
 from driftprobe.fingerprint import DTYPES, Array, Float64, hash_bytes, l2_norm, to_float64
 from driftprobe.judgement import Cell, KvIndicators, RowCheck, Status
+from driftprobe.local import LOCAL_LIMIT, Ground, Local
 from driftprobe.taps import CACHE_TAPS
 from driftprobe.trace import Record, Trace
 
 MAX_MATCHED_ROWS = 4096
 """Rows beyond which distances to every other row are not computed (n² of them)."""
+
+OTHERS = 5.0
+"""How many times the largest difference of any other row is allowed to a row; beyond LOCAL_LIMIT of that, 7.5 times, it
+stands out. Healthy rows differ by more from one another in a coarse dtype, but rows are not picked by that here."""
 
 _Known = dict[tuple[str, int, int], dict[str, set[int]]]
 """(tensor, layer, step) -> row hash -> positions where some prefill arm has it."""
@@ -69,6 +74,50 @@ def kv_indicators(
         v_rows_equal=v_equal,
         v_rows=v_all,
     )
+
+
+def keys_beside_values(cells: Sequence[Cell], payloads: PayloadSource) -> tuple[Cell, ...]:
+    """Return cells with each K cell failed that passes its limit, where the rows that V fails in stand out.
+
+    A wrong row is wrong in K and V alike, and one of many may be too small a part of K for the limit of a coarse dtype.
+    Which rows are looked at is told by V, so that no row is picked for being the largest.
+    """
+    values = {(c.step, c.layer): c for c in cells if c.tensor == "v_cache" and c.status is Status.FAIL}
+    return tuple(_beside(cell, values.get((cell.step, cell.layer)), payloads) for cell in cells)
+
+
+def _beside(cell: Cell, value: Cell | None, payloads: PayloadSource) -> Cell:
+    if value is None or cell.tensor != "k_cache" or cell.status is not Status.PASS or cell.drift.equal:
+        return cell
+    keys, values = (_row_drifts(c, payloads) for c in (cell, value))
+    if keys is None or values is None or keys.shape != values.shape:
+        return cell
+    wrong = values > value.floor.limit
+    if not wrong.any() or wrong.all():
+        return cell
+    excess = float(keys[wrong].min()) / max(OTHERS * float(keys[~wrong].max()), cell.floor.value)
+    return (
+        replace(cell, status=Status.FAIL, local=Local(excess, ("v_cache",), Ground.VALUES))
+        if excess > LOCAL_LIMIT
+        else cell
+    )
+
+
+def _row_drifts(cell: Cell, payloads: PayloadSource) -> Float64 | None:
+    """Return how far each cached row before the step's own is from prefill's, relative to it `[S]`."""
+    mine, theirs = (payloads.get(record) for record in (cell.reference, cell.candidate))
+    token, start = cell.candidate.logical_tok_idx, cell.candidate.row_start
+    if mine is None or theirs is None or token is None or start != cell.reference.row_start:
+        return None
+    if mine.shape != theirs.shape:
+        return None
+    p, d = (_flat(array)[: token - start] for array in (mine, theirs))
+    if not len(p) or not (np.isfinite(p).all() and np.isfinite(d).all()):
+        return None
+    sizes = np.sqrt(np.square(p).sum(axis=1))
+    gaps = np.sqrt(np.square(d - p).sum(axis=1))
+    drifts: Float64 = np.divide(gaps, sizes, out=np.where(gaps > 0, np.inf, 0.0), where=sizes > 0)
+    return drifts
 
 
 def rows_by_position(record: Record) -> dict[int, str]:

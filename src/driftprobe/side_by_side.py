@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from driftprobe.artifacts import Layout
-from driftprobe.compare import other_extent, same_shape
+from driftprobe.compare import PayloadSource, other_extent, same_shape
 from driftprobe.constants import tensor_name
 from driftprobe.errors import UsageError
+from driftprobe.extents import NO_CONTROL, Cuts, OneTensor, Rows, alike, can_cut, cut, find_cuts
+from driftprobe.extents import Place as _Place
 from driftprobe.fingerprint import SKETCH_SIZE, UNIT_ROUNDOFF, Array
 from driftprobe.payload import Payloads, payload_file, write_payloads
 from driftprobe.taps import BY_NAME, CANDIDATE, PATHS, REFERENCE, execution_order, place
@@ -34,7 +36,6 @@ from driftprobe.trace import (
 
 PHASES = {"prefill": "P", "decode": "D"}
 """What is compared, and the arm that holds it."""
-_Place = tuple[int | None, str, int | None]
 
 
 @dataclass(frozen=True)
@@ -180,15 +181,17 @@ def _write(couple: _Couple, phase: str, failed: list[Event], stage: Layout, name
         {w: r for w, r in rows.items() if parted is None or (w[2] is not None and w[2] < parted.at)}
         for rows in everything
     )
-    shared = {where for where in mine.keys() & theirs.keys() if same_shape(mine[where], theirs[where])}
+    cuts = find_cuts(mine, theirs, (couple.sides[0].payloads, couple.sides[1].payloads))
+    shared = {where for where in mine.keys() & theirs.keys() if alike(mine[where], theirs[where])}
+    shared |= cuts.to.keys() | cuts.seen
     held = {"P": shared, "D": shared} if shared else _alone(*everything)
     header = _header(couple, phase, held["P"] | held["D"], *named)
     stem = f"{header.prompt}_{PATHS}"
     kept: dict[str, dict[str, Array]] = {}
     with TraceWriter(stage.traces / f"{stem}.jsonl", header) as writer:
-        for record, payloads in _records(couple, phase, held):
+        for record, payloads in _cut(_records(couple, phase, held), cuts, (mine, theirs), header.sketch_size):
             writer.record(_kept(replace(record, prompt=header.prompt), payloads, stem, kept))
-        for event in (*failed, *_events(mine, theirs, shared), *_doubts(mine, theirs, parted)):
+        for event in (*failed, *_events(mine, theirs, shared), *cuts.events(), *_doubts(mine, theirs, parted)):
             writer.event(event)
     for name, arrays in kept.items():
         write_payloads(stage.traces / payload_file(stem, name), arrays)
@@ -217,7 +220,7 @@ def _failed(couple: _Couple, phase: str) -> Iterator[Event]:
                 yield Event(event=f"{FAILED}{side.name}, its arm {arm}: {fault}", arm=names[arm])
 
 
-def _records(couple: _Couple, phase: str, held: dict[str, set[_Place]]) -> Iterator[tuple[Record, Payloads]]:
+def _records(couple: _Couple, phase: str, held: dict[str, set[_Place]]) -> Iterator[tuple[Record, PayloadSource]]:
     """Yield every record of the comparison under its new arm, with where its tensor is found."""
     for trace, side, became in couple.members:
         names, word = _renamed(trace, phase, became), REFERENCE if became == "P" else CANDIDATE
@@ -229,6 +232,27 @@ def _records(couple: _Couple, phase: str, held: dict[str, set[_Place]]) -> Itera
     for record in source.records:
         if record.arm == CONSTANTS:
             yield record, couple.sides[0 if source is couple.one else 1].payloads
+
+
+def _cut(records: Iterator[tuple[Record, PayloadSource]], cuts: Cuts, bases: tuple[Rows, Rows],
+         sketch_size: int) -> Iterator[tuple[Record, PayloadSource]]:  # fmt: skip
+    """Yield records with those of other positions cut to what both sides have.
+
+    A control is cut where its tensor was kept, or is bit for bit that of the arm compared; else it is left over.
+    """
+    for record, payloads in records:
+        where = (record.layer, record.tensor, record.logical_tok_idx)
+        to = None if record.arm == CONSTANTS else cuts.to.get(where)
+        if to is None:
+            yield record, payloads
+            continue
+        base = bases[record.arm[0] == "D"][where]
+        array = payloads.get(base if (record.hash, record.dtype) == (base.hash, base.dtype) else record)
+        if array is None or not can_cut(record, to):
+            cuts.untold.setdefault(NO_CONTROL, []).append(where)
+            continue
+        shorter, rows = cut(record, array, to, sketch_size)
+        yield shorter, OneTensor(rows)
 
 
 def _renamed(trace: Trace, phase: str, side: str) -> dict[str, str]:
@@ -245,7 +269,7 @@ def _renamed(trace: Trace, phase: str, side: str) -> dict[str, str]:
     return names
 
 
-def _kept(record: Record, payloads: Payloads, stem: str, kept: dict[str, dict[str, Array]]) -> Record:
+def _kept(record: Record, payloads: PayloadSource, stem: str, kept: dict[str, dict[str, Array]]) -> Record:
     """Return a record whose payload is copied into the comparison's own files, for the arms that are compared."""
     array = payloads.get(record) if record.arm in ("P", "D", CONSTANTS) else None
     if array is None:
@@ -323,8 +347,6 @@ def _events(mine: dict[_Place, Record], theirs: dict[_Place, Record], shared: se
         ("only the candidate has this tap", theirs, mine),
     ):
         yield from _counted(f"{LEFT_OUT}{reason}", [w for w in rows if w[2] in common and w not in others])
-    fewer = [w for w in mine.keys() & theirs.keys() if w not in shared and other_extent(mine[w], theirs[w])]
-    yield from _counted(f"{LEFT_OUT}the two sides keep other rows", fewer)
 
 
 def _doubts(mine: dict[_Place, Record], theirs: dict[_Place, Record], parted: _Parted | None) -> Iterator[Event]:

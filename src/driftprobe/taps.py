@@ -188,3 +188,17 @@ def input_of(tensor: str) -> str:
     """Return the name of the tap of what a module was given, from that of what it gave; `#2` is its second run."""
     name, mark, time = tensor.partition("#")
     return f"{name}.in{mark}{time}"
+
+
+LINEAR_INPUTS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("attn_norm", "x_in")),
+    "attn_out": ("attn_ctx",),
+    "router_logits": ("ffn_norm", "x_mid", "attn_norm"),
+    "logits": ("final_norm",),
+}
+"""The taps that may stand before a matrix product, the likeliest first."""
+
+
+def linear_taps(tensor: str) -> tuple[str, ...]:
+    """Return the taps that may hold what a projection was given: its own input where that is a tap."""
+    return (input_of(tensor), *LINEAR_INPUTS.get(tensor, ()))

@@ -55,7 +55,7 @@ class Program:
     arms: list[str] = field(default_factory=lambda: [*ARMS])
     """Arms that it knows, of `P`, `D`, `A`, `P'`, `D'` and `E`; the first two are needed."""
     knobs: list[str] = field(default_factory=list)
-    """Knobs that it can turn, of `threads` and `chunks`: it is then asked for arms `P@threads`, `D@threads`, …"""
+    """Knobs that it can turn, of `plan.KNOBS`: it is then asked for arms `P@threads`, `D@threads`, …"""
     time_limit: float = 600.0
     """Seconds that one call may take."""
     dtype: str = ""

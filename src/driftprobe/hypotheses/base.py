@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from driftprobe.causes import Parameters
 from driftprobe.fingerprint import Float64
 
+MIN_EXPLAINED = 0.99
+"""Share of the squared difference that a cause must explain, beside leaving no more than the floor's limit over."""
 DECODE, PREFILL = "decode", "prefill"
 """The two sides: the arm that fails, and arm P."""
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from driftprobe.causes import Parameters
 from driftprobe.fingerprint import Float64, l2_norm
 from driftprobe.floor import LIMIT
-from driftprobe.hypotheses.base import Prediction
+from driftprobe.hypotheses.base import MIN_EXPLAINED, Prediction
 from driftprobe.hypotheses.rounding import rounded
 from driftprobe.judgement import RowCheck
 from driftprobe.row_causes import cause_of_rows
@@ -61,9 +62,10 @@ class Rows:
         return np.concatenate([other_SGD[: self.cached], self.prefill_SGD[self.cached :]])
 
     def explains(self, predicted_SGD: Float64) -> bool:
-        """Whether a prediction leaves no more of decode's rows than rounding explains."""
-        gap = l2_norm((self.decode_SGD - predicted_SGD).reshape(-1))
-        return gap <= self.limit * l2_norm(self.prefill_SGD.reshape(-1))
+        """Whether a prediction leaves no more of decode's rows than rounding explains, and little of the difference."""
+        gap, whole = (l2_norm((self.decode_SGD - rows).reshape(-1)) for rows in (predicted_SGD, self.prefill_SGD))
+        within = gap <= self.limit * l2_norm(self.prefill_SGD.reshape(-1))
+        return within and gap**2 <= (1.0 - MIN_EXPLAINED) * whole**2
 
     def predict(self, cause: str, parameters: Parameters, predicted: Float64, fitted: int = 0) -> Prediction:
         """Return a prediction of the failing tap."""
@@ -145,9 +147,38 @@ def _other_layer(rows: Rows) -> Iterator[Prediction]:
 
 
 def _exchanged(rows: Rows) -> Iterator[Prediction]:
+    """Yield the rows as those of the other cache.
+
+    An engine that rotates neighbouring dimensions keeps its keys in another order than they are recorded in, and its
+    values in their own: rows that stand in the wrong cache of it have their dimensions reordered.
+    """
     other = rows.scene.reference(rows.layer, "v_cache" if rows.tensor == "k_cache" else "k_cache")
-    if other is not None and other.shape == rows.prefill_SGD.shape:
-        yield rows.predict("cache_kv_exchanged", {}, rows.closer(other))
+    if other is None or other.shape != rows.prefill_SGD.shape:
+        return
+    yield rows.predict("cache_kv_exchanged", {}, rows.closer(other))
+    order = _rotation_order(rows)
+    if order is not None:
+        reordered = other[..., order if rows.tensor == "k_cache" else np.argsort(order)]
+        yield rows.predict("cache_kv_exchanged", {}, rows.closer(reordered))
+
+
+def _rotation_order(rows: Rows) -> npt.NDArray[np.int64] | None:
+    """Return the order that puts dimension 2i beside others of its kind: rotated pairs half of what is rotated apart.
+
+    All of a head is taken for rotated where the trace has no frequencies. None where two dimensions are, or fewer.
+    """
+    size = rows.prefill_SGD.shape[2]
+    constant = _of_rotation(rows, "rope.inv_freq")
+    rotated = size if constant is None else 2 * constant.size
+    if not 4 <= rotated <= size:
+        return None
+    return np.concatenate([np.arange(0, rotated, 2), np.arange(1, rotated, 2), np.arange(rotated, size)])
+
+
+def _of_rotation(rows: Rows, name: str) -> Float64 | None:
+    """Return a constant of the rotation: this layer's, or the model's."""
+    found = rows.scene.constant(rows.layer, name)
+    return rows.scene.constant(None, name) if found is None else found
 
 
 def _axes(rows: Rows) -> Iterator[Prediction]:
@@ -198,9 +229,7 @@ def _unrotated(rows: Rows) -> Iterator[Prediction]:
     """
     if rows.tensor != "k_cache":
         return
-    constant = rows.scene.constant(rows.layer, "rope.inv_freq")
-    if constant is None:
-        constant = rows.scene.constant(None, "rope.inv_freq")
+    constant = _of_rotation(rows, "rope.inv_freq")
     scaling = rows.scene.constant(rows.layer, "rope.scaling")
     size = 1.0 if scaling is None else float(scaling.reshape(-1)[0])
     for paired in (_halves, _neighbours):

@@ -13,7 +13,7 @@ import numpy as np
 
 from driftprobe.fingerprint import Float64
 from driftprobe.hypotheses.view import View
-from driftprobe.taps import input_of
+from driftprobe.taps import linear_taps
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 ACTIVATIONS: dict[str, Callable[[Float64], Float64]] = {
@@ -24,8 +24,6 @@ ACTIVATIONS: dict[str, Callable[[Float64], Float64]] = {
 }
 """Hendrycks and Gimpel 2016 for both kinds of GELU."""
 NORM_INPUTS = {"attn_norm": ("x_in",), "q_norm": ("q_proj",), "k_norm": ("k_proj",), "ffn_norm": ("x_mid", "x_in")}
-LINEAR_INPUTS = {"q_proj": ("attn_norm", "x_in"), "k_proj": ("attn_norm", "x_in"), "v_proj": ("attn_norm", "x_in"),
-                  "attn_out": ("attn_ctx",), "router_logits": ("ffn_norm", "x_mid", "attn_norm")}  # fmt: skip
 MLP_INPUTS = ("ffn_norm", "x_mid", "attn_norm")
 
 
@@ -73,14 +71,9 @@ def norm_input(view: View) -> Float64 | None:
     return x
 
 
-def linear_taps(tensor: str) -> tuple[str, ...]:
-    """Return the taps that may hold what a projection was given: its own input where that is a tap."""
-    return (input_of(tensor), *LINEAR_INPUTS.get(tensor, ()))
-
-
 def linear_input(view: View) -> Float64 | None:
     """Return what the failing projection was given, `[T, in]`; one of low rank, what stands before its last matrix."""
-    x = view.tap("final_norm", None) if view.tensor == "logits" else view.first(*linear_taps(view.tensor))
+    x = view.first(*linear_taps(view.tensor))
     weight = view.constant(f"{view.tensor}.weight")
     norm = norm_of(view, f"{view.tensor}.low_norm")
     if x is not None and norm is not None:

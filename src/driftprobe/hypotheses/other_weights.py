@@ -10,9 +10,9 @@ import numpy as np
 
 from driftprobe.fingerprint import Float64, l2_norm
 from driftprobe.floor import LIMIT
-from driftprobe.hypotheses.ops import linear_taps
 from driftprobe.hypotheses.view import Guess, Guesses, View
 from driftprobe.judgement import Status
+from driftprobe.taps import linear_taps
 from driftprobe.trace import CALL_TOKENS
 
 _ALIKE = 1e-6

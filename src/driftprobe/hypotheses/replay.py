@@ -14,7 +14,6 @@ from driftprobe.hypotheses.experts import expert_sum
 from driftprobe.hypotheses.logits import head_of
 from driftprobe.hypotheses.ops import (
     ACTIVATIONS,
-    LINEAR_INPUTS,
     NORM_INPUTS,
     activation_name,
     linear,
@@ -26,7 +25,7 @@ from driftprobe.hypotheses.ops import (
 from driftprobe.hypotheses.residual import stream
 from driftprobe.hypotheses.tables import looked_up
 from driftprobe.hypotheses.view import View
-from driftprobe.taps import BY_NAME, input_of
+from driftprobe.taps import BY_NAME, LINEAR_INPUTS, input_of
 
 
 def replay(view: View) -> Float64 | None:

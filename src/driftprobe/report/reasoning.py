@@ -54,7 +54,7 @@ def _failure(first: Failure | None) -> Iterator[str]:
     yield f"{facts.where(first)}, {first.phase}" + (f", in {first.rung}" if first.rung else "")
     yield f"drift {number(first.drift)}, floor {number(first.floor)} ({times(first.excess)}, limit {LIMIT:g})"
     if first.local is not None:
-        yield f"told by the op's own rounding, its inputs being equal: {times(first.local)} of what that allows"
+        yield f"told under the limit: {first.local.ground.words}, {times(first.local.excess)} of it"
     if first.match is not None:
         yield f"told by a matched filter: {first.match.cause}, {number(first.match.z)} standard errors"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from driftprobe.engines.base import Ahead, Constant, Handed
+from driftprobe.engines.base import Ahead, Constant, Handed, Tapped
 from driftprobe.engines.hf.anatomy import dissect, text_config
 from driftprobe.engines.hf.attention import sliding_window
 from driftprobe.engines.hf.cache import (
@@ -82,9 +82,7 @@ class HFEngine:
         self._sample_length = _SAMPLE  # longer while a planted fault needs more tokens to act on
         self._inner_cast = self._casts_inside()
         self.taps = self._trial()
-        # Mixers with a state are not promised to take several tokens on a filled cache.
-        chunks = () if "ssm_state" in self.taps or "conv_state" in self.taps else ("chunks",)
-        self.knobs: tuple[str, ...] = (*(("threads",) if model.device.type == "cpu" else ()), *chunks)
+        self.knobs: tuple[str, ...] = tuple(self._turnable())
 
     @property
     def facts(self) -> EngineFacts:
@@ -160,9 +158,9 @@ class HFEngine:
                     yield self._align(arm, call, cache)
                 aligns = call.start == 0 and aligned
                 if not (call.reads or arm.keeps_rows_for is not None or aligns):
-                    self._forward(token_ids[call.start : call.stop], call.start, cache)
+                    self._forward(token_ids[call.start : call.stop], call.start, cache, beside=arm.batch)
                     continue
-                out = self._listen(spy, call, token_ids, cache, shared=not aligned)
+                out = self._listen(spy, call, token_ids, cache, shared=not aligned, beside=arm.batch)
                 heard = out.heard
                 if arm.keeps_rows_for is not None:
                     self._kept[arm.keeps_rows_for] = heard.cache
@@ -243,25 +241,34 @@ class HFEngine:
         rows = [rows for layer in row_layers(cache) for rows in stored_rows(cache, layer)]
         return [logits, *rows, *(s for layer in range(layer_count(cache)) for s in stored_states(cache, layer).all)]
 
-    def _listen(self, spy: Spy, call: Pass, token_ids: Sequence[int], cache: Any, *, shared: bool = False) -> HandOut:
-        """Run one call and listen; `shared` says that nobody will write into the cache while its rows are read."""
+    def _listen(
+        self, spy: Spy, call: Pass, token_ids: Sequence[int], cache: Any, *, shared: bool = False, beside: bool = False
+    ) -> HandOut:
+        """Run one call and listen; `shared` says that nobody will write into the cache while its rows are read.
+
+        `beside` puts another sequence into the batch.
+        """
         wanted = tuple(read.position - call.start for read in call.reads)
-        heard = Heard(wanted, call.start, call.stop - call.start, past=cache)
+        heard = Heard(wanted, call.start, call.stop - call.start, 1 + beside, past=cache)
         if shared and not self._planted:
             heard.shares = partial(appends, cache)
         out = HandOut(heard, call.reads, self._ahead, transfer_for(self.model.device))
         heard.layer_done = out.layer if out.ahead is not None else None
         with spy.listening(heard), rows_heard(self.model, cache, spy, heard):
-            output = self._forward(token_ids[call.start : call.stop], call.start, cache)
+            output = self._forward(token_ids[call.start : call.stop], call.start, cache, beside=beside)
             spy.take(None, "logits", output.logits)
         spy.finish(heard)
         return out
 
-    def _forward(self, token_ids: Sequence[int], start: int, cache: Any) -> Any:
+    def _forward(self, token_ids: Sequence[int], start: int, cache: Any, *, beside: bool = False) -> Any:
         device = self.model.device
-        arguments: dict[str, Any] = {"input_ids": torch.tensor([list(token_ids)], device=device)}
+        rows = [list(token_ids)]
+        if beside:  # other tokens, so that rows of the batch that are mixed up show
+            rows.append([(token + 1) % max(self._vocabulary, 1) for token in token_ids])
+        arguments: dict[str, Any] = {"input_ids": torch.tensor(rows, device=device)}
         if self._takes_positions:
-            arguments["position_ids"] = torch.arange(start, start + len(token_ids), device=device)[None]
+            positions = torch.arange(start, start + len(token_ids), device=device)
+            arguments["position_ids"] = positions[None].expand(len(rows), -1)
         if self._returns_dict:
             arguments["return_dict"] = True
         past = cache.value if isinstance(cache, TupleCache) else cache
@@ -321,6 +328,39 @@ class HFEngine:
             with spy.installed():
                 cache = self._cache()
                 return taps_of([self._listen(spy, call, tokens, cache).heard for call in (prefill, decode)])
+
+    def _turnable(self) -> Iterator[str]:
+        """Yield the knobs that this model lets us turn.
+
+        Mixers with a state are not promised to take several tokens on a filled cache.
+        """
+        if self.model.device.type == "cpu":
+            yield "threads"
+        if "ssm_state" not in self.taps and "conv_state" not in self.taps:
+            yield "chunks"
+            if self._hears_a_batch():
+                yield "batch"
+
+    def _hears_a_batch(self) -> bool:
+        """Whether of a batch of two the same taps are heard, in the same shapes, as of one sequence.
+
+        Some models fold the batch into heads or tokens; their own rows could not be told from the others'.
+        """
+        length = trial_length(self.anatomy)
+        tokens = self._some_tokens(length + 1)
+        calls = (Pass(0, length, (Read("P", Phase.PREFILL_LAST, 0, length - 1),)),
+                 Pass(length, length + 1, (Read("D", Phase.DECODE, 0, length),)))  # fmt: skip
+        seen = []
+        for beside in (False, True):
+            spy, cache = Spy(self.anatomy, self._learned), self._cache()
+            try:
+                with self._evaluating(), spy.installed():
+                    items = [item for call in calls
+                             for item in self._listen(spy, call, tokens, cache, beside=beside).items()]  # fmt: skip
+            except EngineError:
+                return False
+            seen.append([(item.layer, item.tensor, item.array.shape) for item in items if isinstance(item, Tapped)])
+        return seen[0] == seen[1]
 
     def _some_tokens(self, count: int) -> list[int]:
         return [1 + i if 1 + i < self._vocabulary else 0 for i in range(count)]

@@ -71,6 +71,8 @@ class Heard:
     """Rows of this call that are read, 0-based within the call."""
     first_position: int
     tokens: int
+    batch: int = 1
+    """Rows of the batch; ours is the first."""
     taps: dict[Place, list[Tensor]] = field(default_factory=dict)
     """Tap -> one tensor `[1, …]` for each wanted row; names that begin with _ are for the trial."""
     row_start: dict[Place, list[int]] = field(default_factory=dict)
@@ -99,6 +101,14 @@ class Heard:
     """Told when a layer is done and cut; None where nobody may look before the call is over."""
     states: dict[int, States] = field(default_factory=dict)
     """Layer -> the states that its mixer left behind."""
+
+    def own(self, value: Tensor) -> Tensor:
+        """Return the part of a `[B, T, …]` or `[B·T, …]` tensor that is our sequence's."""
+        if self.batch == 1:
+            return value
+        if value.dim() == 2:
+            return value[: self.tokens] if len(value) == self.batch * self.tokens else value
+        return value[:1] if len(value) == self.batch else value
 
     def visible(self, row: int, stored: int, window: int | None, chunk: int | None) -> tuple[int, int, int]:
         """Return (low, high, start): columns [low, high) of `stored` that a row may see, and the first's position.

@@ -215,6 +215,7 @@ class Spy:
             return
         if layer is not None and layer != self._inside:
             return
+        value = heard.own(value)
         plain = value.dim() == 3 and not self.trial and (layer, tensor) not in self.learned.head_first
         if plain and value.shape[0] == 1 and value.shape[1] == heard.tokens:  # nearly all, and with fewer ops
             shape = (1, count, -1) if count and value.shape[2] % count == 0 else (1, -1)

@@ -31,7 +31,7 @@ FLASH_ATTN = ("on", "off")
 FLASH_TILE = 64
 """Query rows from which llama.cpp's flash attention on a CPU is another kernel."""
 _WEIGHT_CASTS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_CACHE_CASTS = {"f16": "float16", "q8_0": "int8", "q4_0": "int8"}
+CACHE_CASTS = {"f16": "float16", "q8_0": "int8", "q4_0": "int8"}
 """Type of a cache -> the dtype whose roundoff covers it.
 
 Both phases read the same rounded rows, so what is between them is not the rounding itself but single elements that fall
@@ -101,7 +101,7 @@ class LlamaCppEngine:
         float16, blocks of int8 for everything quantised, whatever the weights' bits.
         """
         product = max((_WEIGHT_CASTS.get(kind, "int8") for kind in self._file.matrix_types), key=_COARSENESS.index)
-        cache = _CACHE_CASTS.get(self.settings.cache_type)
+        cache = CACHE_CASTS.get(self.settings.cache_type)
         casts = {} if product == "float32" else {"q_proj": product}
         casts |= {} if cache is None else {"k_cache": cache, "v_cache": cache}
         return casts | ({"attn_ctx": "float16"} if self._context.flash else {})
@@ -187,8 +187,7 @@ class LlamaCppEngine:
 
     def plant(self, fault: str, strength: float | None = None) -> AbstractContextManager[Expected]:
         """Plant a fault while the context lasts and say what must be found; see planting."""
-        return plant(fault, strength, self._planted, self._strangers, self._model.number("n_layer"),
-                     self._order is not None)  # fmt: skip
+        return plant(fault, strength, self._planted, self._strangers, self._model.number("n_layer"))
 
     def _strangers(self) -> Strangers:
         """Return the cache rows of two other requests, so that one of them differs from any prompt."""

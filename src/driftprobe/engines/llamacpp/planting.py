@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -50,12 +50,8 @@ def cannot_act(name: str, measured: str, allowed: str) -> UsageError:
 
 @contextmanager
 def plant(name: str, strength: float | None, planted: Planted, strangers: Callable[[], Strangers],
-          layers: int, reordered: bool) -> Iterator[Expected]:  # fmt: skip
-    """Keep a fault planted while the context lasts. Raises UsageError for one that cannot act in llama.cpp.
-
-    `reordered`: whether keys are recorded in another order of dimensions than they stand in the cache; K and V that are
-    exchanged there do not look it, and no cause is asked for.
-    """
+          layers: int) -> Iterator[Expected]:  # fmt: skip
+    """Keep a fault planted while the context lasts. Raises UsageError for one that cannot act in llama.cpp."""
     fault = find_fault(name)
     if name not in PLANTERS:
         raise cannot_act(name, "llama.cpp offers no place to plant it", ", ".join(sorted(PLANTERS)))
@@ -63,8 +59,7 @@ def plant(name: str, strength: float | None, planted: Planted, strangers: Callab
         raise cannot_act(name, f"{layers} layers", f"a model of {fault.min_layers} or more")
     others = strangers() if name in _OF_STRANGERS else ()
     try:
-        expected = PLANTERS[name](name, fault.strengths[0] if strength is None else strength, planted, others)
-        yield replace(expected, cause="", parameters={}) if reordered and name == "kv_exchanged" else expected
+        yield PLANTERS[name](name, fault.strengths[0] if strength is None else strength, planted, others)
     finally:
         planted.before.clear()
         planted.write = None
