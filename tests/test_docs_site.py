@@ -126,6 +126,7 @@ def test_it_opens_from_the_disk_and_is_searched_without_a_network(site: Path) ->
     with playwright.sync_playwright() as tools:
         browser = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 1280, "height": 900})
+        tab.set_default_timeout(120_000)
         tab.on("request", lambda request: asked.append(request.url))
         tab.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
         for name in ("index.html", "mathematics.html", "decisions/0005-matched-filters.html"):
@@ -134,7 +135,7 @@ def test_it_opens_from_the_disk_and_is_searched_without_a_network(site: Path) ->
         tab.goto((site / "index.html").as_uri())
         tab.click("input.md-search__input")
         tab.type("input.md-search__input", "roundoff")
-        tab.wait_for_selector(".md-search-result__link[href*=matched-filters]", state="attached", timeout=60_000)
+        tab.wait_for_selector(".md-search-result__link[href*=matched-filters]", state="attached")
         tab.set_viewport_size({"width": 400, "height": 800})
         for name in ("index.html", "mathematics.html", "troubleshooting.html", "how-it-decides.html"):
             tab.goto((site / name).as_uri())
