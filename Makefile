@@ -1,5 +1,6 @@
 # make demo   set up into .venv, run both modes on the built-in model, print the verdict and where the report lies
 # make test   set up and run all tests        make check   format, lint, types        make clean   remove .venv
+# make docs   build the docs site into site/, which opens from the disk: site/index.html
 # make engines   build llama.cpp into .venv too (some minutes, once); its tests then run
 # make bench      measure speed beside peers into docs/performance.md (some minutes, alone)  make bench-quick   CI's part
 # make bench-scale   the long part of it: prompts of 32,768 tokens, 10 and 16 million records (half an hour, alone)
@@ -13,7 +14,7 @@ TRANSFORMERS ?= transformers==5.23.0
 LLAMA_CMAKE ?= -DGGML_NATIVE=OFF
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test check clean setup engines calibrate accuracy bench bench-quick bench-scale
+.PHONY: demo test check clean docs setup engines calibrate accuracy bench bench-quick bench-scale
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml Makefile hatch_build.py include/driftprobe.h $(wildcard src/driftprobe/*.[ch])
@@ -39,6 +40,11 @@ check: $(STAMP)
 	$(BIN)/ruff check src tests tools benchmarks
 	$(BIN)/mypy
 
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict  # not --quiet: it would let warnings pass
+	@echo "site/index.html"
+
 calibrate: $(STAMP)
 	$(BIN)/python tools/calibrate_limit.py
 
@@ -56,4 +62,4 @@ bench-quick: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --quick
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,44 @@ def test_bash_completes_commands_and_options(words, at, found, path):
     done = subprocess.run(["bash", "-c", ASK.format(words=words, at=at)], capture_output=True, text=True,
                           env={**os.environ, "PATH": path}, check=True)  # fmt: skip
     assert set(done.stdout.split()) == found, done.stderr
+
+
+@pytest.mark.parametrize(("words", "found"), [("base", "baseline"), ("baseline ch", "check")])
+def test_fish_completes_commands(words, found, path):
+    if shutil.which("fish") is None:
+        pytest.skip("fish is not installed")
+    ask = f"driftprobe completion fish | source; complete -C 'driftprobe {words}'"
+    done = subprocess.run(["fish", "--no-config", "-c", ask], capture_output=True, text=True,
+                          env={**os.environ, "PATH": path}, check=True)  # fmt: skip
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [found], done.stderr
+
+
+def said(terminal: int, words: bytes) -> bytes:
+    """What a terminal shows, read until some words are in it."""
+    shown, ends = b"", time.monotonic() + 120
+    while words not in shown and time.monotonic() < ends:
+        if select.select([terminal], [], [], 1.0)[0]:
+            shown += os.read(terminal, 4096)
+    return shown
+
+
+def test_zsh_completes_a_command_at_its_prompt(path):
+    """A tab in a real terminal; ^A then puts `print` before the line, so that zsh tells what it has become."""
+    if shutil.which("zsh") is None:
+        pytest.skip("zsh is not installed")
+    terminal, inner = os.openpty()
+    with subprocess.Popen(["zsh", "-f", "-i"], stdin=inner, stdout=inner, stderr=inner, start_new_session=True,
+                          env={**os.environ, "PATH": path, "TERM": "xterm"}) as shell:  # fmt: skip
+        try:
+            start = 'PS1=; autoload -Uz compinit; compinit -D -u; eval "$(driftprobe completion zsh)"; print be""gin\n'
+            os.write(terminal, start.encode())
+            assert b"begin" in said(terminal, b"begin")
+            os.write(terminal, b"driftprobe basel\t\x01print -r -- got \n")
+            assert b"got driftprobe baseline" in said(terminal, b"got driftprobe baseline")
+        finally:
+            shell.kill()
+            os.close(terminal)
+            os.close(inner)
 
 
 def test_an_unknown_shell_is_refused():

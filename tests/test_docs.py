@@ -74,6 +74,16 @@ def test_python_example_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (place / "artifacts" / "mine" / "B3_66_V2_FINAL_REPORT.md").is_file()
 
 
+def test_the_real_fault_is_found_as_the_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
+    import transformers
+
+    if int(transformers.__version__.split(".", maxsplit=1)[0]) < 5:
+        pytest.skip("the example's configuration is that of transformers 5")
+    code = next(block for block in blocks("python") if "dynamic" in block)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == blocks("text")[0]
+
+
 def test_the_model_figures_are_printed_by_their_command() -> None:
     done = subprocess.run(
         [sys.executable, "tools/train_tiny.py", "--evaluate"], cwd=ROOT, text=True, capture_output=True, check=True
