@@ -1,6 +1,6 @@
 """`make bench`: everything that docs/performance.md tells, measured here and written there. `--quick` is CI's.
 
-    python -m benchmarks.speed                 every part but `scale`, some minutes; writes docs/performance.md and .json
+    python -m benchmarks.speed                 every part but the longest two; writes docs/performance.md and .json
     python -m benchmarks.speed --only run      one part or several; what the others measured before stays in the files
     python -m benchmarks.speed --quick         under a minute; writes nothing, ends with 1 on a gross regression
 
@@ -36,7 +36,7 @@ SIZES = (1 << 20, 1 << 26)
 ANALYSIS = ("--records", "1000000", "--kind", "lean", "--rounds", "3")
 """What benchmarks/analysis_scale.py is asked for by the part `analysis`."""
 SCALE = ("--records", "10000000", "16000000", "--kind", "lean", "--rounds", "1", "--layers", "126", "--jsonl-only")
-"""And by the part `scale` (`make bench-scale`): ten times as much, and 126 layers x 20 taps x 64 steps x 100 prompts."""
+"""And by the part `scale` (`make bench-scale`): ten times as many; one trace is 126 layers x 20 taps x 64 steps."""
 LAST = ("scale", "long")
 """Parts that take longest, and are run only when they are asked for."""
 
