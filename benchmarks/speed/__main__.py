@@ -1,6 +1,6 @@
 """`make bench`: everything that docs/performance.md tells, measured here and written there. `--quick` is CI's.
 
-    python -m benchmarks.speed                 every part but `scale`, some minutes; writes docs/performance.md and .json
+    python -m benchmarks.speed                 every part but the longest two; writes docs/performance.md and .json
     python -m benchmarks.speed --only run      one part or several; what the others measured before stays in the files
     python -m benchmarks.speed --quick         under a minute; writes nothing, ends with 1 on a gross regression
 
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ SIZES = (1 << 20, 1 << 26)
 ANALYSIS = ("--records", "1000000", "--kind", "lean", "--rounds", "3")
 """What benchmarks/analysis_scale.py is asked for by the part `analysis`."""
 SCALE = ("--records", "10000000", "16000000", "--kind", "lean", "--rounds", "1", "--layers", "126", "--jsonl-only")
-"""And by the part `scale` (`make bench-scale`): ten times as much, and 126 layers x 20 taps x 64 steps x 100 prompts."""
+"""And by the part `scale` (`make bench-scale`): ten times as many; one trace is 126 layers x 20 taps x 64 steps."""
 LAST = ("scale", "long")
 """Parts that take longest, and are run only when they are asked for."""
 
@@ -50,7 +51,7 @@ def captures(repetitions: int) -> dict[str, Any]:
 
 
 def fingerprints() -> list[dict[str, Any]]:
-    """Return a row for each dtype and size: GB/s of the fingerprint and of reading alone, one thread."""
+    """Return a row for each dtype and size: GB/s of the fingerprint and of reading alone, one thread; and of two."""
     found = []
     for dtype, size in ((dtype, size) for dtype in DTYPES_TRACED for size in SIZES):
         array = np.random.default_rng(0).normal(size=size).astype(np.float32).astype(DTYPES[dtype])
@@ -58,8 +59,20 @@ def fingerprints() -> list[dict[str, Any]]:
         ours, reading = best(lambda array=array: fingerprint(array), size), best(words.max, size)  # type: ignore[misc]
         rates = {"fingerprint_gb_s": array.nbytes / ours / 1e9, "reading_gb_s": array.nbytes / reading / 1e9}
         rounded = {name: round(rate, 2) for name, rate in rates.items()}
-        found.append({"dtype": dtype, "elements": size, **rounded, "share": round(reading / ours, 3)})
+        at_once = 2 * ours / best(lambda array=array: _two_at_once(array), size)  # type: ignore[misc]
+        found.append(
+            {"dtype": dtype, "elements": size, **rounded, "share": round(reading / ours, 3), "two": round(at_once, 2)}
+        )
     return found
+
+
+_POOL = ThreadPoolExecutor(2)
+
+
+def _two_at_once(array: Any) -> None:
+    """Fingerprint one tensor in each of two threads."""
+    for done in [_POOL.submit(fingerprint, array) for _ in range(2)]:
+        done.result()
 
 
 def analysis(asked: Sequence[str] = ANALYSIS) -> dict[str, Any]:

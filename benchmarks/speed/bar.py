@@ -61,6 +61,7 @@ _DECODE = (
     "after the model does, and where the machine has no core to spare all of it counts."
 )
 _SCORES = f"{_DECODE} Scores are a second product of query and keys, which a fused kernel does not show."
+_THREADS = "two threads share the memory's bandwidth; one tensor is not split over threads at all."
 _RUN = (
     "a run makes every arm's calls (prefills, decode steps, controls, the float64 rung), which the bare script makes "
     "once; `--ladder off` beside it shows what the rung takes."
@@ -75,6 +76,10 @@ def _captured(dtype: str, phase: str, what: str) -> Callable[[Any], float | None
 
 def _share(dtype: str, size: int) -> Callable[[Any], float | None]:
     return lambda found: next((e["share"] for e in found if (e["dtype"], e["elements"]) == (dtype, size)), None)
+
+
+def _two(found: Any) -> float | None:
+    return next((e.get("two") for e in found if (e["dtype"], e["elements"]) == ("float32", 1 << 26)), None)
 
 
 def _ran(model: str) -> Callable[[Any], float | None]:
@@ -110,6 +115,7 @@ TARGETS = (
     Target("fingerprint", "float32, 1 Mi", 0.3, False, _share("float32", 1 << 20)),
     Target("fingerprint", "bfloat16, 64 Mi", 0.35, False, _share("bfloat16", 1 << 26)),
     Target("fingerprint", "bfloat16, 1 Mi", 0.2, False, _share("bfloat16", 1 << 20)),
+    Target("fingerprint", "two threads, a tensor of 64 Mi float32 each, ÷ one", 1.7, False, _two, _THREADS),
     Target("run", "`driftprobe run` on builtin:tiny ÷ bare script", 1.6, True, _ran("builtin:tiny"), _RUN),
     Target("run", "`driftprobe run` on 12 × 768 ÷ bare script", 1.6, True, _ran("12 × 768"), _RUN),
     Target("starts", "`--help`, seconds", 0.4, True, _started("--help")),

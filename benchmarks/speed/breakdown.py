@@ -49,12 +49,13 @@ class _Here:
 
 @contextmanager
 def _in_this_thread() -> Iterator[None]:
-    before = background.ThreadPoolExecutor
-    background.ThreadPoolExecutor = _Here  # type: ignore[assignment,misc]
+    names = vars(background)
+    before = names["ThreadPoolExecutor"]
+    names["ThreadPoolExecutor"] = _Here
     try:
         yield
     finally:
-        background.ThreadPoolExecutor = before  # type: ignore[misc]
+        names["ThreadPoolExecutor"] = before
 
 
 def measure(repetitions: int = 9) -> dict[str, float]:
@@ -68,9 +69,8 @@ def measure(repetitions: int = 9) -> dict[str, float]:
     with _in_this_thread():
         for _ in range(repetitions + 1):
             rounds.append(_round(bare, traced))
-    names = ("model", "hooks", "begun", "written")
-    return {name: round(1000 * statistics.median(each), 2) for name, each in zip(names, zip(*rounds[1:], strict=True),
-                                                                                strict=True)}  # fmt: skip
+    shares = zip(("model", "hooks", "begun", "written"), zip(*rounds[1:], strict=True), strict=True)
+    return {name: round(1000 * statistics.median(each), 2) for name, each in shares}
 
 
 def _round(bare: Bare, traced: Traced) -> tuple[float, float, float, float]:
@@ -81,7 +81,8 @@ def _round(bare: Bare, traced: Traced) -> tuple[float, float, float, float]:
         started = time.thread_time()
         bare.model(bare.next, position_ids=bare.position, past_key_values=cache, use_cache=True)
         alone = time.thread_time() - started
-    listen, found = traced.engine._listen, {}
+    listen = traced.engine._listen
+    found: dict[str, float] = {}
 
     def watched(*args: Any, **kw: Any) -> Any:
         _Here.spent = {"begun": 0.0, "written": 0.0}

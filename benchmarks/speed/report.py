@@ -106,10 +106,11 @@ def _peers(found: Found) -> list[str]:
 def _fingerprint(found: list[Found]) -> list[str]:
     return [
         "Hash + moments + sketch of one tensor, one thread, beside reading it alone "
-        "(`python -m benchmarks.fingerprint`).",
+        "(`python -m benchmarks.fingerprint`). Last: two threads, a tensor each, ÷ one. One tensor is not split over "
+        "threads: its XXH3 is a chain of blocks.",
         "",
-        row(["dtype", "elements", "GB/s", "reading GB/s", "share"]),
-        "|---|---|---|---|---|",
+        row(["dtype", "elements", "GB/s", "reading GB/s", "share", "two threads"]),
+        "|---|---|---|---|---|---|",
         *(row(list(each.values())) for each in found),
         "",
     ]
