@@ -26,10 +26,12 @@ def tables() -> str:
     families: dict[str, list[Fault]] = {}
     for fault in FAULTS.values():
         families.setdefault(fault.family or "the harness", []).append(fault)
-    parts = (
-        f"\n## {name[0].upper()}{name[1:]}\n\n{_HEAD}{''.join(map(_row, found))}" for name, found in families.items()
-    )
+    parts = (f"\n## {_title(name)}\n\n{_HEAD}{''.join(map(_row, found))}" for name, found in families.items())
     return "".join(parts)
+
+
+def _title(family: str) -> str:
+    return "MLP" if family == "mlp" else family[0].upper() + family[1:]
 
 
 def _row(fault: Fault) -> str:
