@@ -146,6 +146,8 @@ def faults(quick: bool, folder: Path) -> bool:
         for name in PLANTERS:
             found[name].append(_fault(engine, name, setup))
         engine.close()
+        right = sum(all(rows[-1][:4]) for rows in found.values())
+        print(f"    {setup}: {right} of {len(found)} found, located, read and named", file=sys.stderr, flush=True)
     print(f"{count} setups of weights, cache and flash attention, one thread; a prompt of {FAULT_LENGTH} tokens, or as "
           "many as the fault needs.\n")  # fmt: skip
     print("| fault | found | at the expected tap | 2x2 reading as expected | cause and parameters named "
@@ -215,8 +217,9 @@ def flips(quick: bool, folder: Path) -> bool:
 def casts(quick: bool, folder: Path) -> bool:
     """Print what another declaration of a quantised cache would make of clean runs and of faults."""
     count = 10 if quick else 50
-    print(f"Weights F32, flash attention on, one thread. Clean: {count} random prompts of 1 to 17 tokens, three steps. "
-          "Declared beside it: what the engine does.\n")  # fmt: skip
+    print(
+        f"Weights F32, flash attention on, one thread. Clean: {count} random prompts of 1 to 17 tokens, three steps.\n"
+    )
     print(
         "| cache | declared as | clean: largest excess | verdict | faults found | at the expected tap | cause named |"
     )
