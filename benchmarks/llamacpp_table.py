@@ -113,7 +113,7 @@ def clean(quick: bool, folder: Path) -> bool:
 
 def _clean_row(setup: Setup, threads: int, lengths: tuple[int, ...], folder: Path) -> bool:
     engine = setup.open(folder, threads)
-    result = judge(engine, [prompt(length) for length in lengths], "none")
+    result = judge(engine, [prompt(length) for length in lengths], "failing")
     judged = {p.prompt: p for p in result.judgement.modes[Mode.KV_ALIGNED.value].prompts}
     rows = [judged[prompt(length).name] for length in lengths]
     cells = {row.prompt: worst(row) for row in rows}
@@ -203,7 +203,7 @@ def flips(quick: bool, folder: Path) -> bool:
             write_gguf(*made(), path, weights)
             for cache in ("q4_0",) if quick else ("q8_0", "q4_0"):
                 engine = open_engine(model=str(path), flash_attn="on", cache_type=cache, threads=1)
-                result = judge(engine, prompts, "none", steps=3)
+                result = judge(engine, prompts, "failing", steps=3)
                 engine.close()
                 found = (worst(p) for p in result.judgement.modes[Mode.KV_ALIGNED.value].prompts)
                 cell = max((c for c in found if c is not None), key=lambda c: c.excess or 0.0)
@@ -238,7 +238,7 @@ def casts(quick: bool, folder: Path) -> bool:
 
 def _cast_row(setup: Setup, dtype: str, folder: Path, count: int) -> bool:
     engine = setup.open(folder, 1)
-    result = judge(engine, short_prompts(count), "none", steps=3)
+    result = judge(engine, short_prompts(count), "failing", steps=3)
     cells = (worst(p) for p in result.judgement.modes[Mode.KV_ALIGNED.value].prompts)
     excess = max((cell.excess or 0.0 for cell in cells if cell is not None), default=0.0)
     with contextlib.redirect_stderr(io.StringIO()):
