@@ -7,8 +7,9 @@ from pathlib import Path
 
 from driftprobe.fingerprint import Array
 from driftprobe.judgement import Cell, Status, TraceJudgement
+from driftprobe.local import Ground
 from driftprobe.payload import Payloads, write_payloads
-from driftprobe.taps import CACHE_TAPS
+from driftprobe.taps import BY_NAME, CACHE_TAPS
 from driftprobe.trace import CONSTANTS, Record, Trace, TraceWriter
 
 _Where = tuple[int, int | None, str]
@@ -56,16 +57,26 @@ KEPT_FROM = 0.5
 def _wanted(judged: TraceJudgement) -> set[_Where]:
     """Return the places whose whole tensors are needed to judge again as before.
 
-    They are the failures and near ones, what a matched filter pooled, where a cache tap fails K and V rows of all
-    layers, and the rows that show an earlier token's tie flip. `_explains` adds what a diagnosis reads.
+    They are the failures and near ones, what a matched filter pooled, what a rotation that fails was given, where a
+    cache tap fails K and V rows of all layers, and the rows that show an earlier token's tie flip. `_explains` adds
+    what a diagnosis reads.
     """
     cells = (*judged.cells, *judged.aligned_cells)
     failing: set[_Where] = {(c.step, c.layer, c.tensor) for c in cells if c.status is Status.FAIL or _close(c)}
     matches = (*judged.matches, *(failure.match for failure in judged.failures))
     failing |= {where for match in matches if match is not None for where in match.places}
     failing |= {(flip.step, flip.layer, tap) for flip in judged.flips if flip.earlier for tap in CACHE_TAPS}
+    failing |= {(step, layer, given) for step, layer, tensor in _turned(judged) for given in BY_NAME[tensor].inputs}
     caches = {step for step, _, tensor in failing if tensor in CACHE_TAPS}
     return failing | {(c.step, c.layer, c.tensor) for c in cells if c.tensor in CACHE_TAPS and c.step in caches}
+
+
+def _turned(judged: TraceJudgement) -> set[_Where]:
+    """Return the rotations that fail by the distances they keep: those of their inputs are needed again."""
+    cells = (*judged.cells, *judged.aligned_cells)
+    return {(c.step, c.layer, c.tensor) for c in cells if c.local is not None and c.status is Status.FAIL
+            and c.local.ground is Ground.ROTATION} | {(f.step, f.layer, f.tensor) for f in judged.failures
+                                                      if f.ground is Ground.ROTATION}  # fmt: skip
 
 
 def _close(cell: Cell) -> bool:
