@@ -15,7 +15,7 @@ from driftprobe.prune import KEPT_FROM, prune_payloads
 from driftprobe.trace import Trace, TraceWriter, read_trace
 from driftprobe.validate import validate
 from driftprobe.verdict import judge_trace
-from make_trace import CONTROLS, Change, both, drifting, scaled, toy, unchanged
+from make_trace import CONTROLS, Change, both, drifting, rotated, scaled, toy, unchanged
 
 D = ("D", "D'")
 TAPS = ("x_in", "q_proj", "k_cache", "v_cache", "x_out")
@@ -88,7 +88,7 @@ def test_a_drift_near_its_limit_keeps_its_tensors(tmp_path):
 def test_a_rotation_that_fails_by_its_distances_keeps_what_it_was_given(tmp_path):
     """In a later layer than the first failure's too: its inputs pass, and without them it would."""
     taps = ("x_in", "q_proj", "q_rope", "k_cache", "x_out")
-    wrong = both(*(drifting_at("q_rope", 0.1, layer) for layer in (0, 1)), drifting_at("q_proj", 1e-7, 1))
+    wrong = both(rotated, *(drifting_at("q_rope", 0.1, layer) for layer in (0, 1)), drifting_at("q_proj", 1e-7, 1))
     before, after, kept = pruned(tmp_path, wrong, taps=taps, facts={"casts": {"q_proj": "bfloat16"}})
     assert (1, "q_proj") in kept
     assert [c.status for c in before.cells] == [c.status for c in after.cells]
