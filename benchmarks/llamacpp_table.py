@@ -113,7 +113,7 @@ def clean(quick: bool, folder: Path) -> bool:
 
 def _clean_row(setup: Setup, threads: int, lengths: tuple[int, ...], folder: Path) -> bool:
     engine = setup.open(folder, threads)
-    result = judge(engine, [prompt(length) for length in lengths], "none")
+    result = judge(engine, [prompt(length) for length in lengths], "failing")
     judged = {p.prompt: p for p in result.judgement.modes[Mode.KV_ALIGNED.value].prompts}
     rows = [judged[prompt(length).name] for length in lengths]
     cells = {row.prompt: worst(row) for row in rows}
@@ -146,6 +146,8 @@ def faults(quick: bool, folder: Path) -> bool:
         for name in PLANTERS:
             found[name].append(_fault(engine, name, setup))
         engine.close()
+        right = sum(all(rows[-1][:4]) for rows in found.values())
+        print(f"    {setup}: {right} of {len(found)} found, located, read and named", file=sys.stderr, flush=True)
     print(f"{count} setups of weights, cache and flash attention, one thread; a prompt of {FAULT_LENGTH} tokens, or as "
           "many as the fault needs.\n")  # fmt: skip
     print("| fault | found | at the expected tap | 2x2 reading as expected | cause and parameters named "
@@ -201,7 +203,7 @@ def flips(quick: bool, folder: Path) -> bool:
             write_gguf(*made(), path, weights)
             for cache in ("q4_0",) if quick else ("q8_0", "q4_0"):
                 engine = open_engine(model=str(path), flash_attn="on", cache_type=cache, threads=1)
-                result = judge(engine, prompts, "none", steps=3)
+                result = judge(engine, prompts, "failing", steps=3)
                 engine.close()
                 found = (worst(p) for p in result.judgement.modes[Mode.KV_ALIGNED.value].prompts)
                 cell = max((c for c in found if c is not None), key=lambda c: c.excess or 0.0)
@@ -215,8 +217,9 @@ def flips(quick: bool, folder: Path) -> bool:
 def casts(quick: bool, folder: Path) -> bool:
     """Print what another declaration of a quantised cache would make of clean runs and of faults."""
     count = 10 if quick else 50
-    print(f"Weights F32, flash attention on, one thread. Clean: {count} random prompts of 1 to 17 tokens, three steps. "
-          "Declared beside it: what the engine does.\n")  # fmt: skip
+    print(
+        f"Weights F32, flash attention on, one thread. Clean: {count} random prompts of 1 to 17 tokens, three steps.\n"
+    )
     print(
         "| cache | declared as | clean: largest excess | verdict | faults found | at the expected tap | cause named |"
     )
@@ -235,7 +238,7 @@ def casts(quick: bool, folder: Path) -> bool:
 
 def _cast_row(setup: Setup, dtype: str, folder: Path, count: int) -> bool:
     engine = setup.open(folder, 1)
-    result = judge(engine, short_prompts(count), "none", steps=3)
+    result = judge(engine, short_prompts(count), "failing", steps=3)
     cells = (worst(p) for p in result.judgement.modes[Mode.KV_ALIGNED.value].prompts)
     excess = max((cell.excess or 0.0 for cell in cells if cell is not None), default=0.0)
     with contextlib.redirect_stderr(io.StringIO()):

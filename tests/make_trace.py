@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +173,12 @@ def both(*changes: Change) -> Change:
         return array
 
     return change
+
+
+def rotated(site: Site, array: Array) -> Array:
+    """Queries that are their projection's, turned: the same numbers in other places of their head."""
+    given = toy_values(replace(site, tensor="q_proj"), array.dtype) if site.tensor == "q_rope" else array
+    return np.roll(given, 1, axis=-1) if site.tensor == "q_rope" else array
 
 
 def without(**where: object) -> Change:

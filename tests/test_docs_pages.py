@@ -108,7 +108,7 @@ def test_the_mathematics_names_the_constants_as_they_are():
     for dtype, power in re.findall(r"\| (float\w+|bfloat16|tfloat32) \| 2⁻([⁰¹²³⁴⁵⁶⁷⁸⁹]+) ", page("mathematics")):
         digits = power.translate(str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789"))
         assert UNIT_ROUNDOFF[dtype] == 2.0 ** -int(digits), dtype
-    assert matched.LEAST_SHARE == {"mlp_out": 1.5}
+    assert matched.LEAST_SHARE == {"mlp_out": 1.5, "q_rope": 1.0, "k_rope": 1.0}
 
 
 def test_the_figure_of_the_filters_is_of_the_fault_that_the_page_names(monkeypatch):

@@ -211,6 +211,54 @@ def test_a_planted_fault_is_found_with_its_cause(engine, tmp_path, name):
     assert agree(expected.cause, expected.parameters, first.diagnosis.parameters)
 
 
+@pytest.mark.parametrize(("cache", "rounding"), [("f16", 1e-3), ("q8_0", 0.02), ("q4_0", 0.2)])
+def test_heads_that_are_turned_before_a_quantised_cache_are_recorded_as_they_were(folder, cache, rounding):
+    """Heads of 64 are: what is in the cache, and what attention gives, is of other numbers than the taps are about."""
+    engine = opened(folder, "q4_k", cache, "on")
+    found = by_place(tapped(engine, "D"))
+    engine.close()
+    for layer in range(2):
+        keys, values = (found[(layer, tap)].astype(np.float64) for tap in ("k_cache", "v_cache"))
+        for rows, tap in ((keys, "k_rope"), (values, "v_proj")):
+            own = found[(layer, tap)][0]
+            assert np.linalg.norm(rows[-1] - own) < rounding * np.linalg.norm(own), tap
+        query, probs = found[(layer, "q_rope")][0], found[(layer, "attn_probs")][0]
+        groups = len(query) // keys.shape[1]
+        scores = np.einsum("hd,shd->hs", query, np.repeat(keys, groups, axis=1)) / 8
+        np.testing.assert_allclose(scores, found[(layer, "attn_scores")][0], rtol=1e-3, atol=1e-4)
+        given = np.einsum("hs,shd->hd", probs, np.repeat(values, groups, axis=1))
+        gap = np.linalg.norm(found[(layer, "attn_ctx")][0] - given)
+        assert gap < 0.02 * np.linalg.norm(given)
+
+
+@pytest.mark.parametrize("name", ["oldest_key_masked", "kv_exchanged", "stale_row"])
+def test_a_fault_behind_turned_heads_is_named(folder, tmp_path, name):
+    engine = opened(folder, "q4_k", "q8_0", "on")
+    result = judged(engine, [prompt(16)], tmp_path, fault=name)
+    engine.close()
+    first, expected = result.first_failure, result.expected
+    assert first is not None and expected is not None and first.diagnosis is not None
+    assert (first.layer, first.tensor) == (expected.layer, expected.tensor)
+    assert first.diagnosis.cause == expected.cause
+    assert agree(expected.cause, expected.parameters, first.diagnosis.parameters)
+
+
+@pytest.mark.parametrize(("name", "weights", "cache"), [
+    ("rope_plus_one", "bf16", "f16"), ("rope_minus_one", "q4_0", "q4_0"), ("stale_row", "q8_0", "q8_0"),
+    ("stale_row", "f32", "q4_0"), ("kv_exchanged", "bf16", "q4_0"),
+])  # fmt: skip
+def test_a_fault_behind_coarse_casts_is_found_at_its_tap(folder, tmp_path, name, weights, cache):
+    """A drift under the limit of what the casts round, told by the distances of a rotation or by V's rows."""
+    engine = opened(folder, weights, cache, "on")
+    result = judged(engine, [prompt(16)], tmp_path, fault=name)
+    engine.close()
+    first, expected = result.first_failure, result.expected
+    assert first is not None and expected is not None and first.diagnosis is not None
+    assert (first.layer, first.tensor) == (expected.layer, expected.tensor)
+    assert first.diagnosis.cause == expected.cause
+    assert agree(expected.cause, expected.parameters, first.diagnosis.parameters)
+
+
 def test_a_fault_leaves_no_trace_behind(engine, tmp_path):
     before = by_place(tapped(engine, "D"))
     for name in ("rope_plus_one", "oldest_key_masked", "overwrite_previous", "cache_shift"):

@@ -15,7 +15,7 @@ from driftprobe.judgement import Status, TraceJudgement, Verdict
 from driftprobe.local import LOCAL_LIMIT, Ground, bench, own_rounding
 from driftprobe.matched import MIN_Z, match_filters
 from driftprobe.verdict import judge_trace
-from make_trace import Change, Site, both, drifting, scaled, toy
+from make_trace import Change, Site, both, drifting, rotated, scaled, toy, unchanged
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FACTS = {"accumulate": "float32"}
@@ -317,11 +317,13 @@ ROUNDED_WEIGHTS = {"casts": {"q_proj": "bfloat16"}}
 """An engine in float32 whose products round what they are given: llama.cpp with a file of BF16."""
 
 
-def of_rotation(q_proj: float, q_rope: float, facts: dict[str, object], layer: int = 0) -> TraceJudgement:
+def of_rotation(
+    q_proj: float, q_rope: float, facts: dict[str, object], layer: int = 0, rotation: Change = rotated
+) -> TraceJudgement:
     """Judge an engine in float32 whose query is off by one share before its rotation and another behind it."""
     wrong = both(at("q_proj", lambda array: scaled(array, q_proj), layer),
                  at("q_rope", lambda array: scaled(array, q_rope), layer))  # fmt: skip
-    trace, arrays = toy(both(wrong, behind("x_out")), facts=dict(facts))
+    trace, arrays = toy(both(rotation, wrong, behind("x_out")), facts=dict(facts))
     return judge_trace(trace, arrays)
 
 
@@ -347,3 +349,10 @@ def test_a_rotation_is_left_to_the_floor_where_that_is_its_own(casts):
     cell = next(c for c in found.cells if (c.layer, c.tensor) == (0, "q_rope"))
     assert cell.local is None if not casts else cell.local is not None and cell.local.excess < LOCAL_LIMIT
     assert cell.status is (Status.PASS if casts else Status.FAIL)
+
+
+def test_where_something_stands_between_a_projection_and_its_rotation_distances_tell_nothing():
+    """The toy's own q_rope has nothing to do with its q_proj: a norm that nobody recorded, say."""
+    found = of_rotation(1e-7, 0.1, ROUNDED_WEIGHTS, rotation=unchanged)
+    assert next(c for c in found.cells if (c.layer, c.tensor) == (0, "q_rope")).local is None
+    assert found.verdict is Verdict.STRUCTURAL_DRIFT

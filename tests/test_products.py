@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.accuracy import models
-from driftprobe.api import analyze, run
+from driftprobe.api import run
 from driftprobe.fingerprint import Array, Float64
 from driftprobe.judgement import Verdict
 from driftprobe.local import LOCAL_LIMIT, Bench, Ground
@@ -30,11 +31,12 @@ NOISE = np.random.default_rng(3).standard_normal((1, 64)) * 0.02
 def laid_out(
     change: Callable[[Float64], Float64] = lambda y: y, *, noise: Float64 = NOISE, weight: bool = True,
     tensor: str = "attn_out", source: str = "attn_ctx", both: Callable[[Float64], Float64] = lambda y: y,
+    quantised: bool = False,
 ) -> tuple[Bench, Any]:  # fmt: skip
     """Return a bench with one product, its input off by `noise` on the other side and its result changed there."""
     layer = None if tensor == "logits" else 0
     x, other = X.astype(BF16), (X + noise).astype(BF16)
-    y, moved = (both(np.asarray(v, dtype=np.float64) @ W.T) for v in (x, other))
+    y, moved = (both(grid(v.astype(np.float64), quantised) @ W.T) for v in (x, other))
     arrays: dict[int, Array] = {}
     pairs = {}
     for name, p, d in ((source, x, other), (tensor, y.astype(BF16), change(moved).astype(BF16))):
@@ -50,6 +52,11 @@ def laid_out(
     payloads = SimpleNamespace(get=lambda record: arrays[id(record)])
     constants = {(layer, f"{tensor}.weight"): matrix} if weight else {}
     return Bench(facts, pairs, payloads, constants), pairs[(0, layer, tensor)]  # type: ignore[arg-type]
+
+
+def grid(x: Float64, quantised: bool) -> Float64:
+    step = float(np.abs(x).max()) / 127
+    return np.rint(x / step) * step if quantised else x
 
 
 def rows_stale(y: Float64) -> Float64:
@@ -96,9 +103,40 @@ def test_equal_inputs_are_left_to_the_local_test():
     assert unlike(pair, on) is None
 
 
-def test_an_op_that_is_more_than_its_matrix_is_not_judged_by_it():
-    on, pair = laid_out(both=np.tanh)
+@pytest.mark.parametrize("more", [np.tanh, lambda y: y + 0.01], ids=["activation", "branch"])
+def test_an_op_that_is_more_than_its_matrix_is_not_judged_by_it(more):
+    on, pair = laid_out(both=more)
     assert replayed(pair, on) is None
+
+
+def test_a_product_that_quantises_what_it_is_given_is_not_judged_by_it():
+    """Activations on a grid of 255 steps, as W8A8 kernels have them: each side rounds its own, within two per cent."""
+    on, pair = laid_out(quantised=True)
+    assert replayed(pair, on) is None
+
+
+def test_a_soft_cap_rounds_three_times_more():
+    def capped(y: Float64) -> Float64:
+        for step in (lambda v: v / 30.0, np.tanh, lambda v: v * 30.0):
+            y = step(y).astype(BF16).astype(np.float64)
+        return y
+
+    on, pair = laid_out(tensor="logits", source="final_norm", both=lambda y: capped(y.astype(BF16).astype(np.float64)))
+    cap = SimpleNamespace()
+    capping = Bench(on.facts, on.pairs, _With(on.payloads, cap, 30.0), {**on.constants, (None, "logits.softcap"): cap})  # type: ignore[dict-item]
+    found = replayed(pair, capping)
+    assert found is not None
+    assert found.excess < LOCAL_LIMIT / 2
+
+
+class _With:
+    """Payloads with one number more."""
+
+    def __init__(self, payloads: Any, record: object, number: float) -> None:
+        self._payloads, self._record, self._number = payloads, record, number
+
+    def get(self, record: object) -> Any:
+        return np.array([self._number]) if record is self._record else self._payloads.get(record)
 
 
 def test_other_ops_are_not_asked_for():
@@ -122,16 +160,20 @@ def test_of_many_ops_those_are_asked_for_that_are_most_unlike():
     assert wanted == {"a.jsonl": [(i, "attn_out") for i in range(19, 19 - LOOKS, -1)]}
 
 
-def test_a_run_asks_for_the_matrices_itself_and_its_pruned_traces_say_the_same(tmp_path):
-    """Logits × 1.05 in decode alone, behind a last norm that rounds otherwise there: 1.6 × the floor, limit 4."""
+@pytest.mark.parametrize(
+    ("fault", "strength", "cause"),
+    [("logit_scale", 1.05, "logit_scale"), ("rope_base", 1.01, "rope_base"), ("rope_scaling", 1.001, "rope_scaling")],
+)
+def test_a_run_asks_for_matrices_itself_and_a_pruned_trace_says_what_the_whole_does(fault, strength, cause, tmp_path):
+    """Under the floor, behind ops that round otherwise in decode."""
     engine = models.engine("mistral", "bfloat16", "sdpa", 0)
-    options = RunOptions(modes=(Mode.KV_ALIGNED,), fault="logit_scale", strength=1.05, ladder="off", payload="failing")
-    found = run(engine, [Prompt("p", models.tokens(64, 0))], options, tmp_path / "run")
-    first = found.judgement.modes["kv_aligned"].first_failure
-    assert found.judgement.verdict is Verdict.MISMATCH
-    assert first is not None
-    assert first.tensor == "logits"
-    assert first.diagnosis is not None
-    assert first.diagnosis.cause == "logit_scale"
-    again = analyze(tmp_path / "run").judgement
-    assert (again.verdict, again.reason) == (found.judgement.verdict, found.judgement.reason)
+    options = RunOptions(modes=(Mode.KV_ALIGNED,), fault=fault, strength=strength, ladder="off", payload="all")
+    prompt = [Prompt("p", models.tokens(64, 0))]
+    whole = run(engine, prompt, options, tmp_path / "whole").judgement
+    pruned = run(engine, prompt, replace(options, payload="failing"), tmp_path / "pruned").judgement
+    first = whole.modes["kv_aligned"].first_failure
+    assert whole.verdict is Verdict.MISMATCH
+    assert first is not None and first.diagnosis is not None
+    assert first.diagnosis.cause == cause
+    assert (pruned.verdict, pruned.reason) == (whole.verdict, whole.reason)
+    assert pruned.modes["kv_aligned"].first_failure == first

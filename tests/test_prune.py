@@ -9,13 +9,13 @@ import pytest
 
 import test_ties
 from driftprobe.fingerprint import Array
-from driftprobe.judgement import TraceJudgement, Verdict
+from driftprobe.judgement import Status, TraceJudgement, Verdict
 from driftprobe.payload import FOLDER, Payloads, write_payloads
 from driftprobe.prune import KEPT_FROM, prune_payloads
 from driftprobe.trace import Trace, TraceWriter, read_trace
 from driftprobe.validate import validate
 from driftprobe.verdict import judge_trace
-from make_trace import CONTROLS, Change, both, drifting, toy, unchanged
+from make_trace import CONTROLS, Change, both, drifting, rotated, scaled, toy, unchanged
 
 D = ("D", "D'")
 TAPS = ("x_in", "q_proj", "k_cache", "v_cache", "x_out")
@@ -83,6 +83,23 @@ def test_a_drift_near_its_limit_keeps_its_tensors(tmp_path):
     before, after, kept = pruned(tmp_path, drifting(0.9 * limit, D, (0, "x_in")))
     assert (0, "x_in") in kept
     assert [c.status for c in before.cells] == [c.status for c in after.cells]
+
+
+def test_a_rotation_that_fails_by_its_distances_keeps_what_it_was_given(tmp_path):
+    """In a later layer than the first failure's too: its inputs pass, and without them it would."""
+    taps = ("x_in", "q_proj", "q_rope", "k_cache", "x_out")
+    wrong = both(rotated, *(drifting_at("q_rope", 0.1, layer) for layer in (0, 1)), drifting_at("q_proj", 1e-7, 1))
+    before, after, kept = pruned(tmp_path, wrong, taps=taps, facts={"casts": {"q_proj": "bfloat16"}})
+    assert (1, "q_proj") in kept
+    assert [c.status for c in before.cells] == [c.status for c in after.cells]
+    assert [(c.layer, c.tensor) for c in after.cells if c.status is Status.FAIL] == [(0, "q_rope"), (1, "q_rope")]
+
+
+def drifting_at(tensor: str, size: float, layer: int) -> Change:
+    """One tap of decode in one layer is off by a relative error."""
+    return lambda site, array: (
+        scaled(array, size) if site.arm in D and (site.layer, site.tensor) == (layer, tensor) else array
+    )
 
 
 def test_an_earlier_tokens_flip_keeps_the_rows_that_show_it(tmp_path):

@@ -17,9 +17,11 @@ from benchmarks.accuracy.cases import CLEAN, FAULT, Case
 from benchmarks.accuracy.keepers import cannot_vary
 from benchmarks.accuracy.outcome import CANNOT_ACT, ERROR, OK, Answer, Outcome, RuleAnswer, Wanted
 from benchmarks.accuracy.rules import RULES, Tapped, ask
+from driftprobe import products
+from driftprobe.api import add_matrices
+from driftprobe.artifacts import Layout
 from driftprobe.capture import CaptureOptions, capture, choose_tokens
 from driftprobe.causes import agree
-from driftprobe.constants import add_constants
 from driftprobe.diagnose import diagnose
 from driftprobe.errors import UsageError
 from driftprobe.faults import FAULTS, Expected
@@ -28,7 +30,7 @@ from driftprobe.load import load_traces
 from driftprobe.options import RunOptions, plan_for, rung_of
 from driftprobe.payload import Payloads
 from driftprobe.plan import Mode, Plan, Prompt, at_rung
-from driftprobe.products import wanted_matrices
+from driftprobe.products import LOOKS, wanted_matrices
 from driftprobe.taps import execution_order
 from driftprobe.trace import Trace
 from driftprobe.verdict import judge
@@ -142,12 +144,24 @@ def kept(case: Case, engine: Any) -> Iterator[Expected | None]:
 def _seen(case: Case, engine: Any, plan: Plan, folder: Path) -> Seen:
     if case.kind == BENIGN_KIND:
         plan = BENIGN[case.name].plan(plan)
+    stage = Layout(folder)
+    stage.traces.mkdir()
     with kept(case, engine) as expected:
-        _capture(plan, engine, folder)
-        seen = _read(folder, expected)
-        while _add_matrices(engine, seen, folder):
-            seen = _read(folder, expected)
+        _capture(plan, engine, stage.traces)
+        seen = _read(stage.traces, expected)
+        for looks in (LOOKS, 0):
+            if add_matrices(engine, _wanted_of(seen, looks), seen.traces, stage):
+                seen = _read(stage.traces, expected)
         return seen
+
+
+def _wanted_of(seen: Seen, looks: int) -> products.Wanted:
+    """Return what either judgement asks for: both read the run's own trace."""
+    wanted: products.Wanted = {}
+    for judgement in filter(None, (seen.black_box, seen.ladder)):
+        for file, places in wanted_matrices(judgement, looks).items():
+            wanted[file] = [*dict.fromkeys((*wanted.get(file, ()), *places))]
+    return wanted
 
 
 def _read(folder: Path, expected: Expected | None) -> Seen:
@@ -156,17 +170,6 @@ def _read(folder: Path, expected: Expected | None) -> Seen:
     payloads = Payloads(folder)
     return Seen(traces, payloads, expected, _judged(traces[:1], payloads),
                 _judged(traces, payloads) if len(traces) > 1 else None)  # fmt: skip
-
-
-def _add_matrices(engine: Any, seen: Seen, folder: Path) -> bool:
-    """Add the matrices that the judgements ask for to the traces, as a run does; whether any was."""
-    by_file = {trace.path: trace for trace in seen.traces}
-    added = 0
-    for judgement in filter(None, (seen.black_box, seen.ladder)):
-        for file, places in wanted_matrices(judgement).items():
-            constants = [constant for place in places for constant in engine.weights(*place)]
-            added += add_constants(by_file[file], constants, folder)[0]
-    return added > 0
 
 
 def _capture(plan: Plan, engine: Any, folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date as calendar
@@ -26,7 +26,7 @@ from driftprobe.capture import CaptureOptions, capture, choose_tokens, trace_nam
 from driftprobe.constants import add_constants
 from driftprobe.diagnose import diagnose
 from driftprobe.engines import open_engine
-from driftprobe.engines.base import Engine
+from driftprobe.engines.base import Constant, Engine
 from driftprobe.errors import EngineError, TraceError, UsageError
 from driftprobe.faults import Expected
 from driftprobe.fingerprint import Array
@@ -36,7 +36,7 @@ from driftprobe.load import load_traces, traces_folder
 from driftprobe.options import RunOptions, Weighed, make_plans, parse_mode, rung_of
 from driftprobe.payload import Payloads
 from driftprobe.plan import Plan, Prompt, at_rung
-from driftprobe.products import wanted_matrices
+from driftprobe.products import LOOKS, Wanted, wanted_matrices
 from driftprobe.prompts import LENGTHS, Source, boundary_prompts, builtin_prompt, make_prompts
 from driftprobe.prune import prune_payloads
 from driftprobe.quick import Quick, load_quickly
@@ -290,10 +290,13 @@ def run(
 
 
 def finish(engine: Weighed, stage: Layout, payload: str) -> Result:
-    """Judge what was captured, add the matrices that a diagnosis asks for, and keep the payloads that are needed."""
+    """Judge what was captured, add matrices that would tell more, judge again, and keep the payloads that are needed.
+
+    Raises TraceError for a trace that breaks the format, OutputError where it cannot be written.
+    """
     result = analyze(stage.root)
-    if payload != "none":
-        while add_matrices(engine, result.judgement, result.traces, stage):
+    for looks in (LOOKS, 0) if payload != "none" else ():  # the second time for a failure that the first has found
+        if add_matrices(engine, wanted_matrices(result.judgement, looks), result.traces, stage):
             result = analyze(stage.root)
     if payload == "failing":
         for mode in result.judgement.modes.values():
@@ -305,18 +308,30 @@ def finish(engine: Weighed, stage: Layout, payload: str) -> Result:
     return result
 
 
-def add_matrices(engine: Weighed, judgement: Judgement, traces: Sequence[Trace], stage: Layout) -> bool:
-    """Add the matrices that a judgement asks for to its traces; returns whether any was added: then judge again."""
+def add_matrices(engine: Weighed, wanted: Wanted, traces: Sequence[Trace], stage: Layout) -> bool:
+    """Add the matrices that a judgement asks for to its traces; returns whether any was added: then judge again.
+
+    What the budget leaves out is said in the log. Raises OutputError where a trace cannot be written.
+    """
     added = False
-    for file, places in wanted_matrices(judgement).items():
-        trace = next(t for t in traces if t.path == file)
-        constants = (constant for place in places for constant in engine.weights(*place))
-        new, left_out = add_constants(trace, constants, stage.traces)
-        added |= bool(new)
-        if left_out:
+    for file, places in wanted.items():
+        trace, lines = next(t for t in traces if t.path == file), list[str]()
+        new, left_out = add_constants(trace, _weights(engine, places, lines), stage.traces)
+        added |= new > 0
+        if lines or left_out:
+            stage.logs.mkdir(parents=True, exist_ok=True)
             with (stage.logs / file.replace(".jsonl", ".log")).open("a", encoding="utf-8") as log:
-                log.writelines(f"{line}\n" for line in left_out)
+                log.writelines(f"{line}\n" for line in (*lines, *left_out))
     return added
+
+
+def _weights(engine: Weighed, places: Iterable[tuple[int | None, str]], lines: list[str]) -> Iterator[Constant]:
+    """Yield the matrices of ops; one that cannot be read, on a meta device say, loses no run: `lines` says which."""
+    for layer, tensor in places:
+        try:
+            yield from engine.weights(layer, tensor)
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            lines.append(f"the matrix of {place(layer, tensor)} cannot be read: {type(error).__name__}: {error}")
 
 
 def builtin_prompts(engine: Engine, names: Iterable[str] = tuple(LENGTHS)) -> list[Prompt]:

@@ -14,13 +14,18 @@ from driftprobe.taps import CANDIDATE
 from driftprobe.trace import Trace
 
 
-def cells_of(pairs: Sequence[Pair], floors: Floors, trace: Trace, payloads: PayloadSource) -> tuple[Cell, ...]:
-    """Return the cells of pairs, in their order; an op is tested with the inputs of its own position."""
+def cells_of(
+    pairs: Sequence[Pair], floors: Floors, trace: Trace, payloads: PayloadSource, *, asks: bool = True
+) -> tuple[Cell, ...]:
+    """Return the cells of pairs, in their order; an op is tested with the inputs of its own position.
+
+    With `asks` they say whose matrices would tell more.
+    """
     found: dict[int, Cell] = {}
     for here in _by_position(pairs):
         on = bench(trace, here, payloads)
         matches = by_place(match_filters(here, on))
-        found.update({id(item): _cell(item, floors, on, matches.get(place_of(item))) for item in here})
+        found.update({id(item): _cell(item, floors, on, matches.get(place_of(item)), asks) for item in here})
     return tuple(found[id(item)] for item in pairs)
 
 
@@ -33,14 +38,14 @@ def _by_position(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
     return list(groups.values())
 
 
-def _cell(item: Pair, floors: Floors, on: Bench, match: Match | None) -> Cell:
+def _cell(item: Pair, floors: Floors, on: Bench, match: Match | None, asks: bool) -> Cell:
     record, floor = item.reference, floor_of(item, floors)
     local = own_rounding(item, on) or replayed(item, on)
     beyond = match is not None or (local is not None and local.excess > LOCAL_LIMIT)
     status = Status.FAIL if beyond else _status(item.drift, floor)
     return Cell(
         record.prompt, record.step, record.layer, record.tensor, item.drift, floor, status, record, item.candidate,
-        local, match, unlike(item, on) if local is None else None,
+        local, match, unlike(item, on) if asks and local is None else None,
     )  # fmt: skip
 
 

@@ -31,6 +31,8 @@ COARSE = UNIT_ROUNDOFF["float16"]
 
 INPUT_ERRORS = 2.0
 """How many times its inputs' distance a rotation's results may be apart: more than once, for a factor of their own."""
+SAME_GAIN = 0.01
+"""How far apart the heads' factors may be: a norm between that nobody recorded makes them others."""
 ANGLE_ERRORS = 32.0
 """Unit roundoffs, for each position, by which an angle may be off: fast trigonometric functions lose some."""
 
@@ -85,6 +87,7 @@ class Bench:
     payloads: PayloadSource
     constants: dict[tuple[int | None, str], Record] = field(default_factory=dict)
     trace: Trace | None = None
+    _read: dict[tuple[int | None, str], Float64 | None] = field(default_factory=dict)
 
     @property
     def prefilled(self) -> int:
@@ -123,8 +126,12 @@ class Bench:
     def constant(self, layer: int | None, name: str) -> Float64 | None:
         """Return a constant of the model, or None where the trace has none of this name."""
         record = self.constants.get((layer, name))
-        array = None if record is None else self.payloads.get(record)
-        return None if array is None else to_float64(array)
+        if record is None:
+            return None
+        if (layer, name) not in self._read:
+            array = self.payloads.get(record)
+            self._read[(layer, name)] = None if array is None else to_float64(array)
+        return self._read[(layer, name)]
 
 
 def bench(trace: Trace, pairs: Iterable[Pair], payloads: PayloadSource) -> Bench:
@@ -217,7 +224,8 @@ def _finer_than_casts(facts: EngineFacts) -> bool:
 def _turned(pair: Pair, place: Place, on: Bench) -> Local | None:
     """Return the test of a rotation by distances, which it keeps: ‖Rd − Rp‖ = ‖d − p‖, however far apart the two are.
 
-    Cosine and sine may be as far off as their angle is rounded, which grows with the position.
+    Made where prefill's own rotation keeps its heads' lengths, up to one factor. Cosine and sine may be as far off
+    as their angle is rounded, which grows with the position.
     """
     given, position = sources(place, on.pairs), pair.reference.logical_tok_idx
     if len(given) != 1 or position is None or pair.drift.equal:
@@ -227,12 +235,24 @@ def _turned(pair: Pair, place: Place, on: Bench) -> Local | None:
     if len(found) < 4 or len({x.shape for x in found}) > 1 or not all(np.isfinite(x).all() for x in found):
         return None
     p, d, turned_p, turned_d = found
-    size, turned_size = l2_norm(p.reshape(-1)), l2_norm(turned_p.reshape(-1))
-    gain = max(1.0, turned_size / size) if size > 0.0 else 1.0
+    gain = _gain(p, turned_p)
+    if gain is None:
+        return None
+    turned_size = l2_norm(turned_p.reshape(-1))
     own = on.roundoff(place) * (2.0 + ANGLE_ERRORS * (1 + position)) * turned_size
     allowed = INPUT_ERRORS * gain * l2_norm((d - p).reshape(-1)) + own
     gap = l2_norm((turned_d - turned_p).reshape(-1))
     return Local(gap / allowed if allowed > 0.0 else 0.0, (given[0][2],), Ground.ROTATION)
+
+
+def _gain(before: Float64, after: Float64) -> float | None:
+    """Return the one factor by which all heads are longer behind a rotation; None where something else is between."""
+    sizes, turned = (np.sqrt(np.square(x).sum(axis=-1)) for x in (before, after))
+    if not (sizes > 0.0).all():
+        return None
+    ratios = turned / sizes
+    alike = float(ratios.max() - ratios.min()) <= SAME_GAIN * float(ratios.max())
+    return float(ratios.max()) if alike else None
 
 
 def coarser_cache(facts: EngineFacts) -> bool:

@@ -38,9 +38,11 @@ MIN_SHARE = 1 / 4
 """Smallest relative change, in unit roundoffs of the stored dtype, that is a fault; of a rotation, that of the pair
 which turns most. Kernels that round a scale or a soft-cap in another order lean one way by less: 0.21 at most."""
 
-LEAST_SHARE = {"mlp_out": 1.5}
-"""The same for taps whose rounding can lean: where one hidden unit outweighs the others, its rounding moves the whole
-result along itself, by up to two roundoffs of its own."""
+LEAST_SHARE = {"mlp_out": 1.5, "q_rope": 1.0, "k_rope": 1.0}
+"""The same for taps whose rounding can lean. Where one hidden unit outweighs the others, its rounding moves the whole
+result of an MLP along itself, by up to two roundoffs of its own. Cosine and sine are shared by all heads and layers:
+kept more coarsely on one side, they turn each pair by one angle, by up to 0.71 of a roundoff (half a spacing below 1 in
+each)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ EXTENSIONS: tuple[int, ...] = (1, 7, 31)
 
 CHUNK = 16
 """Tokens of a chunk of control P@chunks: a prefill fed in several calls on one cache."""
+BATCH_LONGEST = 1024
+"""Tokens up to which a batch of two is a control: it doubles what a call holds."""
 ARMS: tuple[str, ...] = ("P", "D", "P'", "D'", "E", "A")
 """Arms that an engine may know; the first two every engine must. E stands for all extensions."""
 KNOBS = ("threads", "chunks", "batch")
@@ -242,7 +244,7 @@ def _turned(n: int, steps: int, knobs: Sequence[str]) -> list[Arm]:
     arms: list[Arm] = []
     if "threads" in knobs:
         arms += [replace(arm, threads=True) for arm in _once_more("@threads", n, steps)]
-    if "batch" in knobs:
+    if "batch" in knobs and n + steps <= BATCH_LONGEST:
         arms += [replace(arm, batch=True) for arm in _once_more("@batch", n, steps)]
     if "chunks" in knobs and n >= CHUNK:
         reads = [Read("P@chunks", Phase.PREFILL_CHUNKED, step, n + step) for step in range(steps)]

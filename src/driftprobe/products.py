@@ -3,9 +3,10 @@
 The local test needs inputs that are bit for bit equal; behind the first op that rounds otherwise there are none. With
 its matrix W a linear op can be tested all the same: d − p − W·(x_d − x_p) is its own rounding, on both sides, or a
 fault. Matrices are large and not in a trace. So a first look says which ops behave as no linear op with these inputs
-does (`Cell.unlike`), their matrices are added to the trace (`wanted_matrices`), and it is judged again.
+does (`Cell.unlike`), their matrices are added to the trace (`wanted_matrices`), and it is judged again. Controls are
+not looked at: a fault that only they have is left to the floor.
 
-Axes: I inputs, O outputs.
+Arrays are `[T, …]`, with T = 1 token and its heads in one axis or two.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from driftprobe.taps import BY_NAME, ExecutionOrder, execution_order, linear_tap
 
 LOOKS = 8
 """Ops of one trace whose matrices are asked for: those most unlike what their inputs make of them."""
-FITS = 0.02
-"""How well one side must be its matrix times its input: a few roundings of bfloat16. Else the op does more."""
+FITS = 1.0
+"""Excess over its own rounding up to which a side is its matrix times its input. One side must be, or the op does more:
+it quantises what it is given, or adds a branch, and what is left of the two sides is no rounding of the result."""
 GAIN = 2.0
 """Ratio of result's to input's drift from which an op is looked at: a matrix treats differences as it does vectors."""
 LEAN = 0.5
@@ -32,10 +34,14 @@ PEAK = 6.0
 """Ratio of the largest difference to their root mean square from which it is looked at: 10⁵ normal ones have 4.5."""
 
 
+Wanted = dict[str, list[tuple[int | None, str]]]
+"""Ops whose matrices are asked for, layer and tap, by the file of the trace that lacks them."""
+
+
 def replayed(pair: Pair, on: Bench) -> Local | None:
     """Return the local test of a linear op, its inputs' difference taken off; None where the trace has no matrix of it.
 
-    None as well where neither side is its matrix times its input, within `FITS`.
+    None as well where neither side is its matrix times its input, within its own rounding (`FITS`).
     """
     place = _place(pair)
     source = _input(place, on)
@@ -47,11 +53,13 @@ def replayed(pair: Pair, on: Bench) -> Local | None:
     after = _left(d, on.candidate(*source), weight, place, on)
     if p is None or d is None or before is None or after is None or before.shape != after.shape:
         return None
-    if min(_norm(before), _norm(after)) > FITS * _norm(p):
-        return None
+    terms, roundings = weight.shape[1], _roundings(place, on)
     larger = np.maximum(np.abs(p), np.abs(d))  # the inputs differ, and so may what is rounded
-    excess = product_excess(place, larger, after - before, weight.shape[1], on)
-    return Local(excess, (source[2],), Ground.PRODUCT)
+    both, *alone = (product_excess(place, y, gap, terms, on) / roundings
+                    for y, gap in ((larger, after - before), (p, before), (d, after)))  # fmt: skip
+    if min(alone) > FITS:
+        return None
+    return Local(both, (source[2],), Ground.PRODUCT)
 
 
 def unlike(pair: Pair, on: Bench) -> float | None:
@@ -62,7 +70,8 @@ def unlike(pair: Pair, on: Bench) -> float | None:
     """
     place = _place(pair)
     source = _input(place, on)
-    if source is None or (place[1], f"{place[2]}.weight") in on.constants or not _testable(pair, on):
+    known = {(place[1], f"{place[2]}.{name}") for name in ("weight", "low_norm.eps")} & on.constants.keys()
+    if source is None or known or not _testable(pair, on):
         return None
     y, moved, x, other = (side(*at) for at in (place, source) for side in (on.reference, on.candidate))
     if y is None or moved is None or x is None or other is None or y.shape != moved.shape or x.shape != other.shape:
@@ -79,28 +88,28 @@ def unlike(pair: Pair, on: Bench) -> float | None:
     return drift / float(np.hypot(before, u)) if grows or leans or peaks else None
 
 
-def wanted_matrices(judgement: Judgement) -> dict[str, list[tuple[int | None, str]]]:
+def wanted_matrices(judgement: Judgement, looks: int = LOOKS) -> Wanted:
     """Return the layer and tap of every op whose matrices would tell more, by the file of the trace that lacks them.
 
-    They are the first failure's, for its diagnosis, and those of the ops before it that are most `unlike`.
+    They are the first failure's, for its diagnosis, and those of up to `looks` ops before it that are most `unlike`.
     """
-    wanted: dict[str, list[tuple[int | None, str]]] = {}
+    wanted: Wanted = {}
     for mode in judgement.modes.values():
         for judged in mode.prompts:
-            for file, place in _wanted(judged):
+            for file, place in _wanted(judged, looks):
                 wanted.setdefault(file, [])
                 if place not in wanted[file]:
                     wanted[file].append(place)
     return wanted
 
 
-def _wanted(judged: TraceJudgement) -> Iterator[tuple[str, tuple[int | None, str]]]:
+def _wanted(judged: TraceJudgement, looks: int) -> Iterator[tuple[str, tuple[int | None, str]]]:
     first = judged.first_failure
     if first is not None:
         yield judged.decided_by.file, (first.layer, first.tensor)
     failing = next(iter(judged.failures), None)
     until = None if failing is None or failing.rung else execution_order(failing.layer, failing.tensor, failing.order)
-    yield from ((judged.file, place) for place in _most_unlike(judged.cells, until))
+    yield from ((judged.file, place) for place in _most_unlike(judged.cells, until)[:looks])
 
 
 def _most_unlike(cells: Iterable[Cell], until: ExecutionOrder | None) -> list[tuple[int | None, str]]:
@@ -111,7 +120,7 @@ def _most_unlike(cells: Iterable[Cell], until: ExecutionOrder | None) -> list[tu
         ):
             place = (cell.layer, cell.tensor)
             best[place] = max(cell.unlike, best.get(place, 0.0))
-    return sorted(best, key=lambda place: -best[place])[:LOOKS]
+    return sorted(best, key=lambda place: -best[place])
 
 
 def _place(pair: Pair) -> Place:
@@ -147,6 +156,12 @@ def _left(result: Float64 | None, given: Float64 | None, weight: Float64, place:
         y = _capped(y, *(on.constant(None, f"logits.{name}") for name in ("scale", "softcap")))
     left: Float64 = result - y.reshape(result.shape)
     return left
+
+
+def _roundings(place: Place, on: Bench) -> int:
+    """Return how often a result is rounded: once, and for logits once more by a scale, three times by a soft-cap."""
+    after = {"logits.scale": 1, "logits.softcap": 3} if place[2] == "logits" else {}
+    return 1 + sum(count for name, count in after.items() if (None, name) in on.constants)
 
 
 def _capped(y: Float64, scale: Float64 | None, cap: Float64 | None) -> Float64:

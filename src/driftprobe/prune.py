@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from driftprobe.fingerprint import Array
-from driftprobe.judgement import Cell, Status, TraceJudgement
+from driftprobe.judgement import Cell, Failure, Status, TraceJudgement
 from driftprobe.local import Ground
 from driftprobe.payload import Payloads, write_payloads
-from driftprobe.taps import CACHE_TAPS
+from driftprobe.taps import BY_NAME, CACHE_TAPS, linear_taps
 from driftprobe.trace import CONSTANTS, Record, Trace, TraceWriter
 
 _Where = tuple[int, int | None, str]
@@ -59,20 +60,31 @@ KEPT_FROM = 0.5
 def _wanted(judged: TraceJudgement) -> set[_Where]:
     """Return the places whose whole tensors are needed to judge again as before.
 
-    They are the failures and near ones, what a local test compared them with, what a matched filter pooled, where
-    a cache tap fails K and V rows of all layers, and the rows that show an earlier token's tie flip. `_explains` adds
-    what a diagnosis reads.
+    They are the failures and near ones, what a matched filter pooled, the inputs of both where their difference counts,
+    where a cache tap fails K and V rows of all layers, and the rows that show an earlier token's tie flip. `_explains`
+    adds what a diagnosis reads.
     """
     cells = (*judged.cells, *judged.aligned_cells)
     failing: set[_Where] = {(c.step, c.layer, c.tensor) for c in cells if c.status is Status.FAIL or _close(c)}
-    beside = [c for c in cells if c.status is Status.FAIL and c.local is not None and c.local.ground in _BESIDE]
-    given = [(c, name) for c in beside if c.local is not None for name in c.local.inputs]
-    failing |= {(c.step, None if name == "final_norm" else c.layer, name) for c, name in given}
+    failing |= {(f.step, f.layer, f.tensor) for f in judged.failures if f.local is not None}
+    judging: tuple[Cell | Failure, ...] = (*cells, *judged.failures)
+    tested = {(c.step, c.layer, c.tensor) for c in judging
+              if c.local is not None and c.local.ground in _BESIDE}  # fmt: skip
     matches = (*judged.matches, *(failure.match for failure in judged.failures))
-    failing |= {where for match in matches if match is not None for where in match.places}
+    pooled = {where for match in matches if match is not None for where in match.places}
+    failing |= pooled | {given for where in pooled | (failing & tested) for given in _given(where, judged)}
     failing |= {(flip.step, flip.layer, tap) for flip in judged.flips if flip.earlier for tap in CACHE_TAPS}
     caches = {step for step, _, tensor in failing if tensor in CACHE_TAPS}
     return failing | {(c.step, c.layer, c.tensor) for c in cells if c.tensor in CACHE_TAPS and c.step in caches}
+
+
+def _given(where: _Where, judged: TraceJudgement) -> Iterator[_Where]:
+    """Yield where the inputs of an op may stand: what a filter or a local test takes off where they differ."""
+    step, layer, tensor = where
+    known = BY_NAME[tensor].inputs if tensor in BY_NAME else ()
+    for name in dict.fromkeys((*linear_taps(tensor), *known)):
+        last = judged.engine.layers - 1 if name == "x_out" else None
+        yield (step, last if layer is None else layer, name)
 
 
 def _close(cell: Cell) -> bool:

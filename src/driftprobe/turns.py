@@ -2,7 +2,9 @@
 
 RoPE (Su et al. 2021) turns pair i of F pairs by position × frequency i, frequency i being base^(−i/F). A stretched
 position turns every pair by a share of its angle; another base turns pair i by its angle times −i/F times the base's
-logarithmic change. Both pairings are tried: dimension i with i + F, or with its neighbour.
+logarithmic change. Of two pairings, dimension i with i + F or with its neighbour, prefill's own result tells which.
+
+Arrays are `[T, H, D]`, with T = 1: tokens, heads, head dimension.
 """
 
 from __future__ import annotations
@@ -37,39 +39,41 @@ class Turn:
 def turns(place: Place, p: Float64, d: Float64, on: Bench) -> Iterator[Turn]:
     """Yield every turn of a rotated tensor; none where its frequencies or its position are not known."""
     frequencies = on.constant(place[1], "rope.inv_freq")
-    position = on.pairs[place].reference.logical_tok_idx
+    record = on.pairs[place].reference
+    position = record.logical_tok_idx if record.pos_id is None else record.pos_id
     if frequencies is None or not position or 2 * frequencies.size > p.shape[-1]:
         return
     angle = frequencies.reshape(-1) * position
     count = angle.size
     rates = {STRETCH: angle, BASE: -angle * np.arange(count) / count}
-    for pairing in _SLICES:
-        gap = _gap(place, p, d, on, (pairing, angle))
-        if gap is not None:
-            size = _on_both(pairing, p, count, np.hypot)
-            for kind, rate in rates.items():
-                yield Turn(kind, pairing, gap, _quarter(pairing, p, rate), size)
+    for pairing, gap in _gaps(place, p, d, on, angle):
+        size = _sizes(pairing, p, count)
+        for kind, rate in rates.items():
+            yield Turn(kind, pairing, gap, _quarter(pairing, p, rate), size)
 
 
-def _gap(place: Place, p: Float64, d: Float64, on: Bench, turn: tuple[str, Float64]) -> Float64 | None:
-    """Return d − p less the turned difference of the inputs; None where prefill's result is not its input turned."""
+def _gaps(place: Place, p: Float64, d: Float64, on: Bench, angle: Float64) -> Iterator[tuple[str, Float64]]:
+    """Yield d − p less the turned difference of the inputs, for the pairing by which prefill turned its own.
+
+    Inputs that are equal make no difference: there both pairings are tried where prefill's result fits neither.
+    """
     given = sources(place, on.pairs)
-    if given and all(on.pairs[source].drift.equal for source in given):
-        return d - p
     x, other = (side(*given[0]) if len(given) == 1 else None for side in (on.reference, on.candidate))
     if x is None or other is None or x.shape != p.shape or other.shape != d.shape:
-        return None
+        return
     gain = on.constant(place[1], "rope.scaling")
     size = 1.0 if gain is None else float(gain.reshape(-1)[0])
-    mine, moved = (_turned(turn, values, size) for values in (x, other))
-    if float(np.square(p - mine).sum()) > FITS**2 * float(np.square(p).sum()):
-        return None
-    apart: Float64 = (d - p) - (moved - mine)
-    return apart
+    turned = {pairing: [_turned(pairing, angle, values, size) for values in (x, other)] for pairing in _PAIRINGS}
+    off = {pairing: float(np.square(p - mine).sum()) for pairing, (mine, _) in turned.items()}
+    best = min(off, key=off.__getitem__)
+    if off[best] <= FITS**2 * float(np.square(p).sum()):
+        mine, moved = turned[best]
+        yield best, (d - p) - (moved - mine)
+    elif on.pairs[given[0]].drift.equal:
+        yield from ((pairing, d - p) for pairing in _PAIRINGS)
 
 
-def _turned(turn: tuple[str, Float64], x: Float64, gain: float) -> Float64:
-    pairing, angle = turn
+def _turned(pairing: str, angle: Float64, x: Float64, gain: float) -> Float64:
     result = x.copy()
     rotated, (first, second) = result[..., : 2 * angle.size], _slices(pairing, angle.size)
     a, b = rotated[..., first].copy(), rotated[..., second].copy()
@@ -87,15 +91,16 @@ def _quarter(pairing: str, p: Float64, rate: Float64) -> Float64:
     return result
 
 
-def _on_both(pairing: str, p: Float64, count: int, of: np.ufunc) -> Float64:
+def _sizes(pairing: str, p: Float64, count: int) -> Float64:
+    """Return for each element how large its pair is; 0 for what is not turned."""
     result = np.zeros_like(p)
     rotated, (first, second) = p[..., : 2 * count], _slices(pairing, count)
-    both = of(rotated[..., first], rotated[..., second])
+    both = np.hypot(rotated[..., first], rotated[..., second])
     result[..., : 2 * count][..., first] = result[..., : 2 * count][..., second] = both
     return result
 
 
-_SLICES = ("halves", "neighbours")
+_PAIRINGS = ("halves", "neighbours")
 
 
 def _slices(pairing: str, count: int) -> tuple[slice, slice]:

@@ -156,7 +156,10 @@ def _judged(weighed: _Weighed, payloads: PayloadSource) -> TraceJudgement:
     rounds = not trace.header.rung or bool(trace.header.engine.casts)  # at a rung without casts no near tie flips
     settled = settle(pairs.decode.matched, pairs.forced, floors.by_place, payloads, earlier=rounds)
     behind = settle(pairs.aligned.matched, (), floors.by_place, payloads)
-    cells, aligned_cells = (pass_shifts(cells_of(found.pairs, floors, trace, payloads)) for found in (settled, behind))
+    cells, aligned_cells = (
+        pass_shifts(cells_of(found.pairs, floors, trace, payloads, asks=found is settled))
+        for found in (settled, behind)
+    )
     cells = keys_beside_values(cells, payloads)
     strangers = tuple(r for r in trace.records if r.arm not in (*_COMPARED, CONSTANTS) and not is_control(r.arm))
     evidence = Evidence(trace, pairs.decode, pairs.aligned, strangers, controls, floors, cells, left_out)

@@ -267,7 +267,7 @@ class HFEngine:
         device = self.model.device
         rows = [list(token_ids)]
         if beside:  # other tokens, so that rows of the batch that are mixed up show
-            rows.append([(token + 1) % max(self._vocabulary, 1) for token in token_ids])
+            rows.append(rows[0][::-1])
         arguments: dict[str, Any] = {"input_ids": torch.tensor(rows, device=device)}
         if self._takes_positions:
             positions = torch.arange(start, start + len(token_ids), device=device)
@@ -341,8 +341,8 @@ class HFEngine:
             yield "threads"
         if "ssm_state" not in self.taps and "conv_state" not in self.taps:
             yield "chunks"
-            if self._hears_a_batch():
-                yield "batch"
+        if self._hears_a_batch():
+            yield "batch"
 
     def _hears_a_batch(self) -> bool:
         """Whether of a batch of two the same taps are heard, in the same shapes, as of one sequence.

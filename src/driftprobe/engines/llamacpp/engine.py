@@ -32,12 +32,12 @@ FLASH_TILE = 64
 """Query rows from which llama.cpp's flash attention on a CPU is another kernel."""
 _WEIGHT_CASTS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 CACHE_CASTS = {"f16": "float16", "q8_0": "int8", "q4_0": "int8"}
-"""Type of a cache -> the dtype whose roundoff covers it.
+"""Type of a cache -> the dtype whose roundoff covers what is between the phases.
 
-Both phases read the same rounded rows, so what is between them is not the rounding itself but single elements that fall
-one step to the other side (`python -m benchmarks.llamacpp_table flips` prints what margin is left). At int4 the limit
-for a q4_0 cache would be 230 % of it, and no wrong row would be found. For q8_0 float16 is too fine: a softmax over
-large scores drifted by 4.0e-2 in a healthy run, where the limit was 3.1e-2.
+Both read the same rounded rows: the rounding itself cancels, and single elements that fall one step to the other side
+are left. For q4_0, whose step is an eighth of a block's largest value, half a step (int4) would put the limit at 230 %
+of the cache, and no wrong row would be found. For q8_0 float16 is too fine: a softmax over large scores drifted by
+4.0e-2 in a healthy run, where the limit was 3.1e-2. `python -m benchmarks.llamacpp_table flips` and `casts` measure it.
 """
 _COARSENESS = ("float32", "float16", "bfloat16", "int8")
 _DEFAULT_THREADS = 4

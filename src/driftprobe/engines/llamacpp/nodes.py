@@ -38,6 +38,9 @@ _BY_NAME: dict[str, tuple[tuple[frozenset[str], str], ...]] = {
 }
 """Name without its layer -> ops and the tap that their result is; a later node of the same tap (a bias) wins."""
 _BY_WEIGHT = re.compile(r"blk\.(\d+)\.attn_output\.(weight|bias)")
+_TURN = re.compile(r"attn_inp_([kv])_rot\b")
+"""An orthogonal matrix by which heads are turned in front of a quantised cache, where their size is one of its own."""
+_CONTEXT = re.compile(r"kqv_out-(\d+)\b")
 _CACHE = re.compile(r"cache_[kv]_l(\d+)\b")
 _QUERY_TAPS = frozenset({"q_proj", "q_norm", "q_rope", "attn_ctx"})
 _KEY_TAPS = frozenset({"k_proj", "v_proj", "k_norm", "k_rope"})
@@ -53,7 +56,7 @@ class Node:
 
     layer: int | None
     tap: str
-    """A tap's name, or one of `kq`, `softmax`, `kqv`, `flash`, `norm`, `outputs` for nodes that need more thought."""
+    """A tap's name, or one of `kq`, `softmax`, `kqv`, `flash`, `norm`, `turn`, `outputs`, which need more thought."""
 
 
 def node_of(tensor: Tensor) -> Node | None:
@@ -68,6 +71,8 @@ def node_of(tensor: Tensor) -> Node | None:
         found = next((m for m in (_BY_WEIGHT.search(name) for name in _source_names(tensor)) if m), None)
         if found:
             return Node(int(found[1]), "attn_out")
+        if op == "MUL_MAT" and _TURN.match(_source_names(tensor)[0]):
+            return _turned(tensor)
     if layer is not None and base.startswith("kq") and base != "kqv_out":
         return _attention(base, layer, op)
     if layer is not None and base == "norm" and op in _NORM_OPS:
@@ -76,6 +81,12 @@ def node_of(tensor: Tensor) -> Node | None:
         if not ops or op in ops:
             return Node(layer, tap)
     return None
+
+
+def _turned(tensor: Tensor) -> Node:
+    """Return what a turn by an orthogonal matrix is: that of attention's result turns it back, which is the tap."""
+    context = _CONTEXT.match(_source_names(tensor)[1])
+    return Node(int(context[1]), "attn_ctx") if context else Node(None, "turn")
 
 
 def _split(name: str) -> tuple[str, int | None]:
@@ -155,6 +166,8 @@ class Heard:
     _kq: dict[int, Array] = field(default_factory=dict)
     _keys: dict[int, Tensor] = field(default_factory=dict)
     _extent: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    _turns: dict[str, Array] = field(default_factory=dict)
+    """`k` or `v` -> the matrix `[n, n]` that its heads are turned by before they are cached."""
 
     def take(self, tensor: Tensor, node: Node) -> None:
         """Take a node's result, which has just been computed."""
@@ -162,6 +175,8 @@ class Heard:
             self._begin(tensor)
         if node.tap == "outputs":
             self._outputs = True
+        elif node.tap == "turn":
+            self._take_turn(tensor)
         elif node.layer is not None and node.layer not in self.layers and node.tap not in {"kq", "kqv", "flash"}:
             return
         elif node.tap == "norm":
@@ -213,6 +228,25 @@ class Heard:
             self._normed.add(node.layer)
             self._keep_rows(source, Node(node.layer, "x_in"))
 
+    def _take_turn(self, tensor: Tensor) -> None:
+        """Learn a turn from the first node that applies it."""
+        matrix = tensor.source(0)
+        found = None if matrix is None else _TURN.match(matrix.name)
+        if matrix is not None and found is not None and found[1] not in self._turns:
+            self._turns[found[1]] = to_float64(matrix.array()).reshape(matrix.shape[-2:])
+
+    def _turned_back(self, which: str, rows_SGD: Array) -> Array:
+        """Return cache rows as they were before their turn.
+
+        What a grid's blocks stand for sums exactly in float64, so that equal rows stay equal bit for bit.
+        """
+        matrix = self._turns.get(which)
+        if matrix is None:
+            return rows_SGD
+        flat = to_float64(rows_SGD).reshape(-1, len(matrix)) @ to_float64(matrix)
+        back: Array = flat.reshape(rows_SGD.shape).astype(np.float32)
+        return back
+
     def _take_kq(self, tensor: Tensor, layer: int) -> None:
         keys = tensor.source(0)
         if tensor.op == "MUL_MAT" and keys is not None:
@@ -255,8 +289,8 @@ class Heard:
 
     def _keep_cache(self, layer: int, keys_SGD: Array, values_SGD: Array) -> None:
         for which, (low, high) in self._extent[layer].items():
-            self._keep((layer, "k_cache"), which, keys_SGD[low:high], low)
-            self._keep((layer, "v_cache"), which, values_SGD[low:high], low)
+            self._keep((layer, "k_cache"), which, self._turned_back("k", keys_SGD[low:high]), low)
+            self._keep((layer, "v_cache"), which, self._turned_back("v", values_SGD[low:high]), low)
 
     def _take_flash(self, tensor: Tensor, layer: int) -> None:
         """One node does all of attention: its scores and probabilities are computed again from what it reads."""
