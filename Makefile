@@ -12,6 +12,8 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
 LLAMA_CMAKE ?= -DGGML_NATIVE=OFF
+# What was built is kept, by what it was built with, and found again by the next checkout.
+WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/driftprobe/pip-$(shell printf %s "$(LLAMA_CMAKE)" | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.ready
 
 .PHONY: demo test check clean docs setup engines calibrate accuracy bench bench-quick bench-scale
@@ -33,7 +35,7 @@ test: $(STAMP)
 
 # Not for this very processor: a build for any one compares with others, and GCC 12 breaks llama.cpp's AMX code (SIGILL).
 engines: $(STAMP)
-	CMAKE_ARGS="$(LLAMA_CMAKE)" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-cache-dir --editable ".[llamacpp]"
+	CMAKE_ARGS="$(LLAMA_CMAKE)" $(BIN)/python -m pip install --quiet --disable-pip-version-check --cache-dir "$(WHEELS)" --editable ".[llamacpp]"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check src tests tools benchmarks

@@ -7,7 +7,7 @@ Ticks are not votes: one drift that arithmetic cannot explain decides for H1.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from driftprobe.compare import NoPayloads, pair
 from driftprobe.floor import LIMIT
@@ -152,13 +152,14 @@ def _attention(usable: Sequence[TraceJudgement], traces: Sequence[Trace]) -> _Fi
 def _seq_len_drift(usable: Sequence[TraceJudgement], traces: Sequence[Trace]) -> str:
     """Say what another seq_len alone does to the attention: the drift of controls E at the same taps."""
     names = {(item.mode, item.prompt) for item in usable}
+    mine = (trace for trace in traces if (trace.header.mode, trace.header.prompt) in names)
+    seen = [replace(t, records=tuple(r for r in t.records if r.tensor in ATTENTION_TAPS)) for t in mine]
     drifts = [
         item.drift.value
-        for trace in traces
-        if (trace.header.mode, trace.header.prompt) in names
+        for trace in seen
         for arm in sorted({r.arm for r in trace.records if r.phase == "prefill_ext"})
         for item in pair(trace, "P", arm, NoPayloads()).matched
-        if item.reference.tensor in ATTENTION_TAPS and item.drift.value is not None
+        if item.drift.value is not None
     ]
     if not drifts:
         return "no longer prefill measured what seq_len does"
