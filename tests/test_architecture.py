@@ -28,7 +28,7 @@ LADDER = (
     {"trace_checks"},
     {"trace"},
     {"plan", "payload", "boundaries", "columns"},
-    {"compare", "scan"},
+    {"compare", "scan", "seal"},
     {"packed"},
     {"load"},
     {"floor", "validate"},

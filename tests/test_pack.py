@@ -23,6 +23,7 @@ from driftprobe.load import lines_of, load_traces
 from driftprobe.pack import pack_folder, unpack_folder
 from driftprobe.packed import packed_columns, read_packed
 from driftprobe.scan import BUILT, read_columns
+from driftprobe.seal import OPEN, is_sealed, seal
 from driftprobe.validate import validate
 from make_trace import assert_five_parts, both, drifting, put, rows, toy, write
 from test_quick import jittered, written
@@ -262,22 +263,24 @@ def test_a_truncated_file_is_refused(tmp_path, share):
 
 @SLOW
 @given(st.integers(0, 10**6), st.integers(1, 255))
-def test_a_changed_byte_is_refused_or_changes_nothing(tmp_path, at, mask):
+def test_a_changed_byte_is_refused_before_polars_sees_it(tmp_path, at, mask):
     folder = tmp_path / "t"
     shutil.rmtree(folder, ignore_errors=True)
     path = packed_file(folder)
-    whole, body = list(lines_of(path)()), bytearray(path.read_bytes())
+    body = bytearray(path.read_bytes())
     body[at % len(body)] ^= mask
     path.write_bytes(body)
-    try:
-        assert list(lines_of(path)()) == whole or not validate(folder).valid
-    except TraceError as error:
-        assert_five_parts(error, what="packed trace", where=path.name)
+    assert not is_sealed(path)
+    with pytest.raises(TraceError) as error:
+        list(lines_of(path)())
+    assert_five_parts(error.value, what="packed trace", where=path.name, measured="seal")
 
 
 def rewritten(path: Path, change: object, **facts: object) -> None:
-    meta = json.loads(pl.read_parquet_metadata(path)["driftprobe"]) | facts
+    """Make another file of it, sealed: a stranger can do as much."""
+    meta = json.loads(pl.read_parquet_metadata(path)["driftprobe"]) | {"seal": OPEN} | facts
     change(pl.read_parquet(path)).write_parquet(path, metadata={"driftprobe": json.dumps(meta)})  # type: ignore[operator]
+    seal(path)
 
 
 CHANGES = {
@@ -318,7 +321,7 @@ def test_metadata_that_is_not_ours_is_refused(tmp_path, facts, measured):
 def test_a_parquet_file_of_somebody_else_is_refused(tmp_path):
     path = tmp_path / "x.parquet"
     pl.DataFrame({"a": [1, 2]}).write_parquet(path)
-    assert_refused(path, "no description")
+    assert_refused(path, "no description by driftprobe")
 
 
 def test_a_raw_line_that_was_changed_is_seen_by_the_footer(tmp_path):

@@ -19,6 +19,7 @@ from driftprobe.columns import FLOATS, INTEGERS, NONE, WORDS, Array, Columns, Ro
 from driftprobe.errors import TraceError, UsageError
 from driftprobe.fingerprint import SKETCH_BLOCK
 from driftprobe.scan import MAX_ODD, GivenUpError, Parts, columns_of
+from driftprobe.seal import OPEN, is_sealed, seal
 from driftprobe.trace import Checks, Event, Footer, Header, Problem, Record, encode_line
 
 Table = Any
@@ -69,10 +70,11 @@ def pack(columns: Columns, raw: dict[int, bytes], sha256: str, path: Path) -> No
     """Write the lines of a trace, a row for each, sorted by key. Raises OSError."""
     table, size = _table(columns, raw), columns.sums.shape[1]
     digest = _digest(_columns(table, table["sketch"].slice, size, path.name))
-    facts = {"made_by": MADE_BY, "sketch_size": size, "digest": digest, "sha256": sha256}
+    facts = {"made_by": MADE_BY, "sketch_size": size, "digest": digest, "sha256": sha256, "seal": OPEN}
     table.write_parquet(
         path, compression="zstd", statistics=True, row_group_size=GROUP, metadata={"driftprobe": json.dumps(facts)}
     )
+    seal(path)
 
 
 def _table(columns: Columns, raw: dict[int, bytes]) -> Table:
@@ -113,6 +115,8 @@ def read_packed(path: Path) -> Packed:
     """Return a packed file. Raises TraceError for one that is damaged or was not made by `pack`, and OSError."""
     pl = _polars()
     try:
+        if not is_sealed(path):  # before polars sees it: damage may end the process there
+            raise _UnfitError("other bytes than its seal is of, or no description by driftprobe in its metadata")
         with path.open("rb") as file:
             facts = _facts(pl.read_parquet_metadata(file).get("driftprobe"))
         counted = int(pl.scan_parquet(path, glob=False).select(pl.len()).collect().item())
