@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,6 +56,13 @@ def test_rows_of_a_batch_that_are_mixed_up_are_found(tmp_path):
     assert first is not None
     assert (first.arm, first.layer, first.tensor) in {("P@batch", 1, "attn_out"), ("D@batch", 1, "attn_out")}
     assert "a second sequence beside it in the batch" in first.root_cause
+
+
+def test_a_planted_fault_has_no_batch(tmp_path):
+    """Some faults know one sequence: a batch of two would end the run."""
+    planted = replace(AS_DESIGNED, fault="rope_plus_one")
+    trace = run(HFEngine(models.build("llama")), PROMPT, planted, tmp_path / "run").traces[0]
+    assert not [record for record in trace.records if record.arm.endswith("@batch")]
 
 
 def test_a_model_that_takes_no_batch_has_no_such_knob():

@@ -89,7 +89,10 @@ def make_plans(engine: Engine, prompts: Sequence[Prompt], options: RunOptions) -
 
 
 def plan_for(engine: Engine, mode: Mode, prompt: Prompt, options: RunOptions) -> Plan:
-    """Return the plan of one prompt in one mode, with all the controls that the engine has."""
+    """Return the plan of one prompt in one mode, with all the controls that the engine has.
+
+    A planted fault is written for one sequence, and has no batch.
+    """
     return make_plan(
         mode,
         prompt,
@@ -99,7 +102,7 @@ def plan_for(engine: Engine, mode: Mode, prompt: Prompt, options: RunOptions) ->
         layers=options.layers,
         arms=engine.arms,
         noise=engine.perturbs,
-        knobs=engine.knobs,
+        knobs=[knob for knob in engine.knobs if options.fault is None or knob != "batch"],
         routed="expert_ids" in engine.taps,
         scores=options.scores == "on",
     )
