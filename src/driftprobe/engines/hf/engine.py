@@ -228,10 +228,11 @@ class HFEngine:
                 raise cannot_act(fault, "not one bit of cache or logits changes in a short run of this model",
                                  "a model that computes what the fault breaks")  # fmt: skip
             self._planted = True  # it may write into a cache whose rows were handed out
+            knobs, self.knobs = self.knobs, tuple(knob for knob in self.knobs if knob != "batch")
             try:
                 yield expected
             finally:
-                self._planted, self._sample_length = False, _SAMPLE
+                self._planted, self._sample_length, self.knobs = False, _SAMPLE, knobs
 
     def _sample(self, length: int = _SAMPLE) -> list[torch.Tensor]:
         """Return the logits of one decode step after a short prefill, and the cache rows and states that it leaves."""
