@@ -162,7 +162,7 @@ def test_the_keyboard_reaches_every_cell(opened: Any) -> None:
 
 def test_the_selectors_change_the_pictures(opened: Any) -> None:
     tab = opened(cases()["steps"])
-    assert "taps beyond the floor" in tab.text("#choice-say")
+    assert "taps beyond rounding" in tab.text("#choice-say")
     tab.page.select_option("#choose-step", "2")
     assert tab.text('.prints tr:has-text("token id")').split()[-1] == "9", "the record is that of the step"
     hashes = tab.text("#record table")

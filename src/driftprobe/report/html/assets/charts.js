@@ -71,7 +71,8 @@ const slope = (v) => (Math.round(v * 100) / 100 + 0).toFixed(2);
 function drawLadder(view, selected) {
   const ladder = data.ladders.find((item) => item.mode === view.mode && item.prompt === view.prompt);
   const pair = ladder && ["", ladder.rung].map((rung) => siblings({ ...view, rung }, []).map((s) => s.index)[0]);
-  if (!ladder || pair.includes(undefined)) return empty("ladder", "The precision ladder was not climbed: everything was run in one precision (--ladder on climbs it).");
+  byId("ladder-legend").hidden = !ladder || pair.includes(undefined);
+  if (byId("ladder-legend").hidden) return empty("ladder", "The precision ladder was not climbed: everything was run in one precision (--ladder on climbs it).");
   const [run, rung] = pair.map(cellsOf), above = new Map(rung.map((c) => [place(c), c]));
   const lines = run.map((c) => ({ c, r: above.get(place(c)) })).filter(({ c, r }) => r && known(c.drift) && known(r.drift) && c.drift > 0);
   const told = lines.filter(({ r }) => r.drift > 0).map(({ c, r }) => Math.log(r.drift / c.drift) / Math.log(ladder.units[1] / ladder.units[0])).sort((a, b) => a - b);
@@ -86,7 +87,6 @@ function drawLadder(view, selected) {
     marks: [
       yPowers(range), Plot.axisX([v, u], { tickFormat: (d) => `${d === u ? ladder.dtype : ladder.rung}, u ${figure(d)}`, tickSize: 4, label: null, color: SOFT }),
       Plot.link([0], { x1: u, x2: v, y1: within(u, range), y2: within(v, range), stroke: "currentColor", strokeDasharray: "5,4", strokeOpacity: 0.6 }),
-      Plot.text([0], { x: Math.sqrt(u * v), y: Math.sqrt(within(u, range) * within(v, range)), text: ["slope 1: rounding"], dy: 14, fill: "currentColor", stroke: "var(--page)", strokeWidth: 4 }),
       link(calm, BLUE, 0.4), link(failing, FAIL, 0.55), link(mine, "currentColor", 1),
     ],
   });
@@ -104,13 +104,13 @@ function drawArms(view) {
   const corner = (words, right, up) => Plot.text([0], { x: right ? across[1] : limit, y: limit, text: [words], textAnchor: "end", dx: -6, dy: up ? -9 : 10, fill: SOFT, stroke: "var(--page)", strokeWidth: 4 });
   const width = widthOf("arms");
   draw("arms", {
-    width, height: 320, marginLeft: 46, marginBottom: 40, marginTop: 12, marginRight: 14, label: "Excess of arm A over excess of arm D",
+    width, height: 340, marginLeft: 46, marginBottom: 40, marginTop: 32, marginRight: 14, label: "Excess of arm A over excess of arm D",
     x: { type: "log", domain: across, axis: null }, y: { type: "log", domain: upward, axis: null },
     marks: [
       yPowers(upward), Plot.axisX(powers(across, width / 90), { tickFormat: power, label: "D: decode with its own cache", labelArrow: "none", labelAnchor: "center", tickSize: 0, color: SOFT }),
       Plot.ruleX([limit], { stroke: FAIL, strokeDasharray: "4,3" }), Plot.ruleY([limit], { stroke: FAIL, strokeDasharray: "4,3" }),
       corner("harness", false, true), corner("computation", true, true), corner("H₀", false, false), corner("contents", true, false),
-      Plot.text([0], { frameAnchor: "top-left", dx: 6, dy: 2, text: ["A: with prefill's rows put in"], fill: SOFT }),
+      Plot.text([0], { frameAnchor: "top-left", lineAnchor: "bottom", dx: -40, dy: -12, text: ["A: decode with prefill's rows put in"], fill: SOFT }),
       Plot.dot(points, { x: (p) => within(p.d.excess, across), y: (p) => within(p.a.excess, upward), r: 3.2, fill: (p) => (p.a.status === "f" ? colour(p.a) : colour(p.d)), fillOpacity: 0.75, title: (p) => `${place(p.d)}: D ${times(p.d.excess)}, A ${times(p.a.excess)}` }),
     ],
   });
