@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from driftprobe.climb import in_words
+from driftprobe.climb import in_words, sharper_words
 from driftprobe.diagnose import diagnose
 from driftprobe.judgement import Cell, Failure, Judgement, Status, TraceJudgement, Verdict
 from driftprobe.local import Ground
+from driftprobe.matched import Match
 from driftprobe.report import analysis, final_report, github, junit, reasoning
 from driftprobe.report.facts import drift_words, sharper
 from driftprobe.report.terminal_map import LEGEND
@@ -111,3 +114,12 @@ def test_the_evidence_of_a_knob_is_the_two_records_that_differ() -> None:
     report = final_report.render(judgement, [trace])
     shown = {r.arm: r.hash for r in trace.records if (r.layer, r.tensor) == (1, "attn_ctx")}
     assert shown["D"] in report and shown["D@batch"] in report
+
+
+def test_the_docs_explain_every_ground_in_its_own_words() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs/reading-a-report.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([^`]*)` \|", page, flags=re.MULTILINE)
+    told = sharper_words(None, Match("q_rope", 0, 1, "rope_scaling", {}, 0.1, 0.01, 6.0, ()))
+    assert {ground.words for ground in Ground} == {words for words in listed if "of themselves" not in words}
+    (filter_words,) = [words for words in listed if "of themselves" in words]
+    assert re.match(filter_words.replace("…", ".*"), told)
