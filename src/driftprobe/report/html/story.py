@@ -145,7 +145,8 @@ def _cause(judgement: Judgement) -> Tile:
         return Tile("Cause", words.get(judgement.verdict, NOT_TOLD), notes)
     first, *more = _long(failure.root_cause).split("; ")
     tap = BY_NAME.get(failure.tensor)
-    suspects = (f"look first at: {tap.suspect}",) if tap and tap.suspect and failure.diagnosis is None else ()
+    untold = tap is not None and failure.diagnosis is None and tap.suspect not in failure.root_cause
+    suspects = (f"look first at: {tap.suspect}",) if tap and tap.suspect and untold else ()
     return Tile("Cause", first or NOT_TOLD, (*more, *suspects))
 
 

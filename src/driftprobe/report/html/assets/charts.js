@@ -25,10 +25,10 @@ function drawDepth(cells, tap, selected) {
       Plot.dot(shown, { x: "x", y: (p) => within(p.drift, range), r: points.length > 900 ? 1.6 : points.length > 300 ? 2 : 3, fill: (p) => colour(p.cell), title: (p) => `${place(p.cell)}: drift ${figure(p.drift)}, floor ${figure(p.floor)}` }),
     ],
   });
-  const over = shown.filter((p) => p.cell.status === "f").length;
+  const failing = shown.filter((p) => p.cell.status === "f"), sharper = failing.filter((p) => p.cell.more.t).length, over = failing.length - sharper;
   const guilty = cells[0].view.guilty;
   const left = guilty.length ? ` Left out of the band: ${guilty.join(", ")}, which rounding does not explain either.` : "";
-  say("depth-say", `${over ? `${over} of ${shown.length} taps are beyond the limit` : `All ${shown.length} taps stay under the limit`}; dots at the lower edge have no drift at all.${left}`);
+  say("depth-say", `${over ? `${over} of ${shown.length} taps are beyond the limit` : `All ${shown.length} taps stay under the limit`}${sharper ? `, ${sharper} of them no rounding all the same` : ""}; dots at the lower edge have no drift at all.${left}`);
 }
 
 /** Ticks of a log axis and lines across, in the plot's own marks. */
