@@ -238,7 +238,7 @@ def _aligned(usable: Sequence[TraceJudgement]) -> _Finding:
     bad = failing(cells)
     own = failing(cell for item in read for cell in item.cells)
     figure = (
-        f"{len(bad)} of {len(cells)} pairs beyond the floor with prefill's rows, "
+        f"{len(bad)} of {len(cells)} pairs fail with prefill's rows, "
         f"{len(own)} with decode's own; reading: {', '.join(dict.fromkeys(item.reading.value for item in read))}"
     )
     if Status.UNKNOWN in {cell.status for cell in cells} and not bad:

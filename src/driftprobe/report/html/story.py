@@ -80,6 +80,8 @@ class Story:
     ran: tuple[tuple[str, str], ...]
     evidence: tuple[EvidenceRow, ...]
     gates: tuple[Shut, ...]
+    shut: str
+    """What figures behind a shut gate are worth; empty where all are open."""
     readings: tuple[tuple[str, str, str, str, str], ...]
     """Prompt, D beyond the floor, A beyond the floor, reading, meaning."""
     statistics: tuple[tuple[str, ...], ...]
@@ -112,6 +114,7 @@ def tell(judgement: Judgement, traces: Sequence[Trace]) -> Story:
             for item in facts.all_prompts(judgement)
             for gate in item.gates
         ),
+        shut=_long(facts.shut_words(judgement)),
         readings=_readings(judgement),
         statistics=_statistics(judgement),
         sides=facts.sides(judgement),

@@ -85,7 +85,7 @@ function drawLadder(view, selected) {
     width: widthOf("ladder"), height: 320, marginLeft: 46, marginRight: 24, marginBottom: 40, marginTop: 24, label: "Drift over unit roundoff, both on log scales",
     x: { type: "log", axis: null, domain: [v / 8, u * 8] }, y: { type: "log", domain: range, axis: null },
     marks: [
-      yPowers(range), Plot.axisX([v, u], { tickFormat: (d) => `${d === u ? ladder.dtype : ladder.rung}, u ${figure(d)}`, tickSize: 4, label: null, color: SOFT }),
+      yPowers(range), Plot.axisX([v, u], { tickFormat: (d) => `${d === u ? ladder.dtype : ladder.rung}${widthOf("ladder") < 460 ? "\n" : ", "}u ${figure(d)}`, tickSize: 4, label: null, color: SOFT }),
       Plot.link([0], { x1: u, x2: v, y1: within(u, range), y2: within(v, range), stroke: "currentColor", strokeDasharray: "5,4", strokeOpacity: 0.6 }),
       link(calm, BLUE, 0.4), link(failing, FAIL, 0.55), link(mine, "currentColor", 1),
     ],
@@ -99,7 +99,8 @@ function drawArms(view) {
   const [own, aligned] = [pick("D"), pick("A")];
   if (own === undefined || aligned === undefined) return empty("arms", "Arm A was not run for this choice: mode kv_aligned runs it.");
   const other = new Map(cellsOf(aligned).map((c) => [place(c), c]));
-  const points = cellsOf(own).map((c) => ({ d: c, a: other.get(place(c)) })).filter(({ d, a }) => a && d.excess !== null && a.excess !== null);
+  const points = cellsOf(own).map((c) => ({ d: c, a: other.get(place(c)) })).filter(({ d, a }) => a && d.excess !== null && a.excess !== null)
+    .sort((one, two) => (one.d.status === "f") - (two.d.status === "f"));
   const limit = data.limit, [across, upward] = ["d", "a"].map((arm) => domain(points.map((p) => p[arm].excess).concat(limit / 50, limit * 50)));
   const corner = (words, right, up) => Plot.text([0], { x: right ? across[1] : limit, y: limit, text: [words], textAnchor: "end", dx: -6, dy: up ? -9 : 10, fill: SOFT, stroke: "var(--page)", strokeWidth: 4 });
   const width = widthOf("arms");
@@ -114,5 +115,6 @@ function drawArms(view) {
       Plot.dot(points, { x: (p) => within(p.d.excess, across), y: (p) => within(p.a.excess, upward), r: 3.2, fill: (p) => (p.a.status === "f" ? colour(p.a) : colour(p.d)), fillOpacity: 0.75, title: (p) => `${place(p.d)}: D ${times(p.d.excess)}, A ${times(p.a.excess)}` }),
     ],
   });
-  return say("arms-say", "One dot a tap. Right of the dashed line D fails, above it A fails; both axes count floors.");
+  const inside = points.filter(({ d, a }) => d.more.t || a.more.t).length;
+  return say("arms-say", `One dot a tap. Right of the dashed line D fails, above it A fails; both axes count floors.${inside ? ` ${inside} more ${inside === 1 ? "fails" : "fail"} by a test sharper than the floor, and ${inside === 1 ? "is" : "are"} orange within the lines.` : ""}`);
 }
