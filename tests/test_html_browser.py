@@ -246,7 +246,7 @@ def test_a_cell_that_fails_under_its_limit_is_not_called_beyond_it(opened: Any) 
 
 
 def test_nothing_crosses_the_words_of_the_ladder_and_of_the_arms(opened: Any) -> None:
-    """Legends stand above their pictures; both roundoffs are named at 400 pixels too."""
+    """A legend stands above the ladder, and the upward axis of the arms is named above its frame."""
     judgement, traces = run(rounding)
     tab = opened(page_of(judgement, traces), viewport={"width": 400, "height": 900})
     assert not tab.page.locator("#ladder-legend").is_visible(), "no ladder, no legend"

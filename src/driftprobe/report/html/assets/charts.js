@@ -85,7 +85,8 @@ function drawLadder(view, selected) {
     width: widthOf("ladder"), height: 320, marginLeft: 46, marginRight: 24, marginBottom: 40, marginTop: 24, label: "Drift over unit roundoff, both on log scales",
     x: { type: "log", axis: null, domain: [v / 8, u * 8] }, y: { type: "log", domain: range, axis: null },
     marks: [
-      yPowers(range), Plot.axisX([v, u], { tickFormat: (d) => `${d === u ? ladder.dtype : ladder.rung}${widthOf("ladder") < 460 ? "\n" : ", "}u ${figure(d)}`, tickSize: 4, label: null, color: SOFT }),
+      // `text`, not `tickFormat`: a log axis has its formatter leave out what is no power of ten where it is narrow.
+      yPowers(range), Plot.axisX([v, u], { text: (d) => `${d === u ? ladder.dtype : ladder.rung}${widthOf("ladder") < 460 ? "\n" : ", "}u ${figure(d)}`, tickSize: 4, label: null, color: SOFT }),
       Plot.link([0], { x1: u, x2: v, y1: within(u, range), y2: within(v, range), stroke: "currentColor", strokeDasharray: "5,4", strokeOpacity: 0.6 }),
       link(calm, BLUE, 0.4), link(failing, FAIL, 0.55), link(mine, "currentColor", 1),
     ],
