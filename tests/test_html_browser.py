@@ -12,6 +12,8 @@ import pytest
 
 from driftprobe.judgement import Status
 from html_pages import HOSTILE, cases, hostile_run, page_of, toy_run
+from report_traces import rounding, run
+from test_report_sharper import under_the_limit
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra `dev`)")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -162,7 +164,7 @@ def test_the_keyboard_reaches_every_cell(opened: Any) -> None:
 
 def test_the_selectors_change_the_pictures(opened: Any) -> None:
     tab = opened(cases()["steps"])
-    assert "taps beyond the floor" in tab.text("#choice-say")
+    assert "taps beyond rounding" in tab.text("#choice-say")
     tab.page.select_option("#choose-step", "2")
     assert tab.text('.prints tr:has-text("token id")').split()[-1] == "9", "the record is that of the step"
     hashes = tab.text("#record table")
@@ -226,6 +228,34 @@ def test_the_policy_stops_what_escaping_would_have_missed(opened: Any) -> None:
     refused = tab.page.evaluate(BREAK_OUT)
     assert refused == {"markup": "refused", "script": "refused", "request": "refused", "image": "refused",
                        "handler": "refused", "style": "block", "hit": None}  # fmt: skip
+
+
+def test_a_cell_that_fails_under_its_limit_is_not_called_beyond_it(opened: Any) -> None:
+    judgement, trace, arrays = under_the_limit()
+    tab = opened(page_of(judgement, (trace,), arrays))
+    assert tab.text("#record .tag") == "under the limit, yet no rounding"
+    assert "a rotation keeps distances, and what its input's difference" in tab.text("#record dl")
+    assert "One cell fails under the limit" in tab.text("#sharper")
+    assert "All 37 taps stay under the limit, 1 of them no rounding all the same" in tab.text("#depth-say")
+    label = tab.page.get_attribute('#map rect[aria-label^="layer 0 q_rope"]', "aria-label")
+    assert label.startswith("layer 0 q_rope: under the limit, yet no rounding")
+    tab.page.locator('#map rect[aria-label^="layer 0 q_proj:"]').click()
+    assert tab.text("#record .tag") == "within the floor"
+    tab.quiet()
+    assert not opened(cases()["fault"]).page.locator("#sharper").is_visible()
+
+
+def test_nothing_crosses_the_words_of_the_ladder_and_of_the_arms(opened: Any) -> None:
+    """A legend stands above the ladder, and the upward axis of the arms is named above its frame."""
+    judgement, traces = run(rounding)
+    tab = opened(page_of(judgement, traces), viewport={"width": 400, "height": 900})
+    assert not tab.page.locator("#ladder-legend").is_visible(), "no ladder, no legend"
+    edges = "all => all.filter(e => e.tagName === 'line' || /put in/.test(e.textContent)).map(e => "
+    words = tab.page.eval_on_selector_all("#arms text", edges + "e.getBoundingClientRect().bottom)")
+    rules = tab.page.eval_on_selector_all("#arms [aria-label$=rule] line", edges + "e.getBoundingClientRect().top)")
+    assert len(words) == 1 and rules
+    assert words[0] <= min(rules)
+    tab.quiet()
 
 
 def test_without_scripts_the_words_are_there(opened: Any, browser: Any, tmp_path: Path) -> None:

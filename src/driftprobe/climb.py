@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from driftprobe.fingerprint import UNIT_ROUNDOFF
-from driftprobe.floor import LIMIT, UNKNOWN_DTYPE
+from driftprobe.floor import LIMIT, UNKNOWN_DTYPE, is_turned, repeated
 from driftprobe.judgement import (
     Cell,
     Diagnosis,
@@ -25,8 +25,8 @@ from driftprobe.judgement import (
     TraceJudgement,
     Verdict,
 )
-from driftprobe.local import LOCAL_LIMIT
-from driftprobe.matched import MIN_Z
+from driftprobe.local import LOCAL_LIMIT, Local
+from driftprobe.matched import MIN_Z, Match
 from driftprobe.taps import CANDIDATE, REFERENCE, execution_order, place
 from driftprobe.trace import EngineFacts
 
@@ -185,19 +185,31 @@ def _precision(first: Failure, rung: Sequence[Cell], base_unit: float) -> Diagno
 def in_words(failure: Failure) -> str:
     """Return a failure in a sentence: what, where, measured, allowed."""
     rung = f", run again in {failure.rung}" if failure.rung else ""
-    reference, at = ("prefill_last", f"step {failure.step}")
-    if failure.phase == CANDIDATE:
-        reference, at = REFERENCE, f"position {failure.position}"
+    at = f"position {failure.position}" if failure.phase == CANDIDATE else f"step {failure.step}"
     where = f"{place(failure.layer, failure.tensor)}, prompt {failure.prompt}, {at}{rung}"
-    lead = f"{failure.phase} differs from {reference} at {where}: drift {failure.drift:.2e}, "
-    if failure.local is not None:
-        under = f"floor of {failure.floor:.2e}" if failure.excess < 1.0 else f"limit of {LIMIT * failure.floor:.2e}"
-        words = f"{failure.local.ground.words} ×{failure.local.excess:.3g}"
-        return f"{lead}under the {under}, but {words} (limit {LOCAL_LIMIT:g})"
-    if failure.match is not None:
-        found = failure.match
+    mine, other = sides_of(failure)
+    lead = f"{mine} differs from {other} at {where}: drift {failure.drift:.2e}, "
+    sharper = sharper_words(failure.local, failure.match)
+    if not sharper:
+        return f"{lead}floor {failure.floor:.2e} (×{failure.excess:.3g}, limit {LIMIT:g})"
+    under = f"floor of {failure.floor:.2e}" if failure.excess < 1.0 else f"limit of {LIMIT * failure.floor:.2e}"
+    return f"{lead}under the {under}, but {sharper}"
+
+
+def sides_of(failure: Failure) -> tuple[str, str]:
+    """Return what differs and from what: phases, or arms where one was run again with a knob turned."""
+    if is_turned(failure.arm):
+        return failure.arm, repeated(failure.arm)
+    return failure.phase, REFERENCE if failure.phase == CANDIDATE else "prefill_last"
+
+
+def sharper_words(local: Local | None, match: Match | None) -> str:
+    """Return what told a failure that its floor did not, with its figure and limit; nothing where both are None."""
+    if local is not None:
+        return f"{local.ground.words} ×{local.excess:.3g} (limit {LOCAL_LIMIT:g})"
+    if match is not None:
         return (
-            f"{lead}under the floor of {failure.floor:.2e}, but all elements move one way, by {found.share:+.2e} "
-            f"± {found.error:.1e} of themselves ({abs(found.z):.1f} standard errors, limit {MIN_Z:g})"
+            f"all elements move one way, by {match.share:+.2e} ± {match.error:.1e} of themselves "
+            f"({abs(match.z):.1f} standard errors, limit {MIN_Z:g})"
         )
-    return f"{lead}floor {failure.floor:.2e} (×{failure.excess:.3g}, limit {LIMIT:g})"
+    return ""

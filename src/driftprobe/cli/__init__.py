@@ -10,7 +10,7 @@ from types import FrameType
 
 import click
 
-from driftprobe.errors import DriftprobeError, EngineError
+from driftprobe.errors import DriftprobeError, EngineError, UsageError
 from driftprobe.version import __version__
 
 COMMANDS = {
@@ -74,7 +74,7 @@ def main() -> None:
     try:
         code = group(prog_name="driftprobe", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        click.echo(str(_of_click(error)), err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
@@ -99,6 +99,18 @@ def _end_as_if_interrupted() -> None:
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) is signal.SIG_DFL:  # ignored, by nohup say, it stays ignored
             signal.signal(number, end)
+
+
+def _of_click(error: click.ClickException) -> UsageError:
+    """Return what click says of an option or argument in five parts."""
+    context = getattr(error, "ctx", None)
+    command = "driftprobe" if context is None else context.command_path
+    words = error.format_message().strip()
+    return UsageError(
+        words[:1].lower() + words[1:].removesuffix("."), where=command,
+        measured=" ".join(sys.argv[1:])[:200] or "nothing",
+        allowed=f"what `{command} --help` lists", next_step=f"{command} --help",
+    )  # fmt: skip
 
 
 def _unforeseen(error: Exception) -> EngineError:

@@ -12,6 +12,7 @@ from driftprobe.api import compare
 from driftprobe.artifacts import place_of
 from driftprobe.cli.output import Output, output_options, tell
 from driftprobe.cli.progress import progress, quietly
+from driftprobe.load import traces_folder
 from driftprobe.trace import LEFT_OUT, Trace
 
 _SHOWN = 3
@@ -39,6 +40,8 @@ def command(traces_a: Path, traces_b: Path, date: str | None, name: str, out: Pa
     """Compare the runs in TRACES_A and TRACES_B: prefill with prefill, decode with decode, token by token."""
     day = date or calendar.today().isoformat()
     root = place_of(out, day, name)
+    for folder in (traces_a, traces_b):
+        traces_folder(folder)  # a path that is wrong is said at once, not after the other side was read
     with progress(quietly(how.quiet), "reading both sides") as told:
         result, left_out = compare(traces_a, traces_b, root, date=day, progress=told)
     labels = result.traces[0].header.labels

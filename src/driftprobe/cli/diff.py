@@ -9,6 +9,7 @@ import click
 from driftprobe.api import analyze
 from driftprobe.cli.progress import progress, quietly
 from driftprobe.difference import Difference, difference
+from driftprobe.load import traces_folder
 from driftprobe.report.difference import render_json, render_text
 from driftprobe.snapshot import Snapshot, snapshot
 
@@ -29,6 +30,8 @@ Exit codes: 0 nothing got worse, 1 something did, 2 bad input, 3 something could
 @click.option("-q", "--quiet", is_flag=True, help="No progress, and the result in one line.")
 def command(old: Path, new: Path, as_json: bool, quiet: bool) -> None:
     """Compare the runs in OLD and NEW, of one engine at two commits, tap by tap against the floors of both."""
+    for folder in (old, new):
+        traces_folder(folder)  # a path that is wrong is said at once, not after the other run was judged
     found = difference(of_run(old, quiet), of_run(new, quiet))
     click.get_current_context().exit(tell_difference(found, as_json, quiet))
 

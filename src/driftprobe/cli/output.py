@@ -15,7 +15,7 @@ from rich.console import Console
 
 from driftprobe.api import Result
 from driftprobe.artifacts import written
-from driftprobe.cli.show import EXIT_CODES, open_page, show, show_map, show_reports
+from driftprobe.cli.show import EXIT_CODES, EXPLAINED, open_page, show, show_map, show_reports
 from driftprobe.errors import UsageError
 from driftprobe.report import github, junit, verdict_json
 from driftprobe.report.conclusion import next_command
@@ -123,6 +123,9 @@ def _text(
         console.print(line, style="yellow", soft_wrap=True)
     if root is not None:
         show_reports(root, console)
+    page = EXPLAINED.get(result.verdict)
+    if page:
+        console.print(f"  {'explained:':<17}{page}", soft_wrap=True)
     command = next_command(result.judgement, base_traces(result.traces))
     if command:
         console.print(f"  {'next:':<17}{command}", soft_wrap=True)

@@ -24,6 +24,11 @@ EXIT_CODES = {
     Verdict.MISMATCH: 1,
     Verdict.NOT_AVAILABLE: 3,
 }
+EXPLAINED = {
+    Verdict.MISMATCH: "docs/reading-a-report.md",
+    Verdict.NOT_AVAILABLE: "docs/troubleshooting.md, “The verdict is N/A”",
+}
+"""Where a verdict that asks for something to be done is explained."""
 _STYLES = {
     Verdict.NO_DRIFT: "bold green",
     Verdict.STRUCTURAL_DRIFT: "bold green",

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+from driftprobe.climb import sides_of
 from driftprobe.fingerprint import SKETCH_SIZE
 from driftprobe.floor import LIMIT
 from driftprobe.judgement import Cell, Determinism, Judgement, Reading, RowCheck, Status, TraceJudgement
@@ -104,8 +105,8 @@ def _first(item: TraceJudgement) -> str:
     if first is None:
         return ""
     return (
-        f"First failure: {prose(facts.where(first))}, {prose(first.phase)}: drift {number(first.drift)}, "
-        f"floor {number(first.floor)}, {times(first.excess)}. Root cause: {prose(first.root_cause)}."
+        f"First failure: {prose(facts.where(first))}, {' against '.join(map(prose, sides_of(first)))}: "
+        f"{prose(facts.size_words(first))}. Root cause: {prose(first.root_cause)}."
     )
 
 
@@ -220,10 +221,19 @@ def _controls(controls: dict[str, float]) -> str:
 def _about_arm(arm: str) -> str:
     match = re.fullmatch("([EN])([0-9]+)", arm)
     if match is None:
-        return {"P'": "P once more", "D'": "D once more"}.get(arm, "a control")
+        what = {"'": "once more"} | {f"@{knob}": words for knob, words in _TURNED.items()}
+        return f"{arm[0]} {what[arm[1:]]}" if arm[1:] in what else "a control"
     if match[1] == "E":
         return f"prefill {count(int(match[2]), 'token')} longer, read at the same position"
     return f"prefill with every op off by a rounding error, draw {match[2]}"
+
+
+_TURNED = {
+    "batch": "beside a second sequence in the batch",
+    "chunks": "fed in chunks",
+    "threads": "on another number of threads",
+}
+"""What is another in an arm that was run again with a knob of the engine turned."""
 
 
 def _arm_order(item: tuple[str, float]) -> tuple[int, int, str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from driftprobe.floor import LIMIT
+from driftprobe.climb import sharper_words, sides_of
+from driftprobe.floor import LIMIT, is_turned
 from driftprobe.judgement import Cell, Failure, Impact, Judgement, Outcome, Status, Verdict
 from driftprobe.report import facts
 from driftprobe.report.ladder import rung_limits
@@ -58,8 +59,12 @@ def _headline(judgement: Judgement) -> str:
     failure = judgement.first_failure
     assert failure is not None, "a MISMATCH has a first failure"
     if failure.of_control:
-        both = f"prefill and {f'control {prose(failure.arm)}' if '@' in failure.arm else 'a longer prefill'}"
+        both = f"arms {_arms(failure)}" if is_turned(failure.arm) else "prefill and a longer prefill"
     return f"{both} differ by more than arithmetic explains, first at {prose(facts.where(failure))}."
+
+
+def _arms(failure: Failure) -> str:
+    return " and ".join(map(prose, reversed(sides_of(failure))))
 
 
 def _meaning(judgement: Judgement) -> list[str]:
@@ -99,17 +104,18 @@ def _structural(judgement: Judgement) -> list[str]:
 def _mismatch(failure: Failure, judgement: Judgement) -> list[str]:
     cells = [cell for item in facts.all_prompts(judgement) for cell in item.decided_by.cells]
     failed, compared = len(facts.failing(cells)), len(cells)
+    told = sharper_words(failure.local, failure.match)
     return [
         f"Drift {number(failure.drift)}, floor {number(failure.floor)}: {times(failure.excess)}, limit {LIMIT:g}.",
+        *([f"So little may be arithmetic, but {prose(told)}."] if told else []),
         f"Root cause: {prose(failure.root_cause)}.",
-        f"{count(failed, 'tap')} of {compared} are beyond the limit; those behind the first are its consequences "
-        "or further faults.",
+        f"{failed} of {count(compared, 'tap')} fail; those behind the first are its consequences or further faults.",
         _side(failure),
     ]
 
 
 def _side(failure: Failure) -> str:
-    if "@" in failure.arm:
+    if is_turned(failure.arm):
         return "One arm was run twice with a knob of the engine turned. That alone does not say which setting is wrong."
     if failure.of_control:
         return "Both sides are prefills, so the fault is in the prefill: it depends on the length or on later tokens."

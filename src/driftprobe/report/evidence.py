@@ -173,7 +173,9 @@ def _against_floor(cells: Sequence[Cell]) -> _Finding:
         first = sort_cells(bad)[0]
         worst = largest(bad)
         assert worst is not None, "a failing cell has an excess"
-        figure = f"{len(bad)} of {len(cells)} beyond the floor, first {where(first)} ({times(first.excess)})"
+        beyond = sum(cell.beyond_floor for cell in bad)
+        what = "beyond the floor" if beyond == len(bad) else f"more than rounding, {beyond} of them beyond the floor"
+        figure = f"{len(bad)} of {len(cells)} {what}, first {where(first)} ({times(first.excess)})"
         return False, True, f"{figure}, largest excess {times(worst.excess)} at {where(worst)}, limit {LIMIT:g}"
     if untold:
         return False, False, f"no figure: {len(untold)} of {len(cells)} differ by an amount that the trace cannot tell"
@@ -236,7 +238,7 @@ def _aligned(usable: Sequence[TraceJudgement]) -> _Finding:
     bad = failing(cells)
     own = failing(cell for item in read for cell in item.cells)
     figure = (
-        f"{len(bad)} of {len(cells)} pairs beyond the floor with prefill's rows, "
+        f"{len(bad)} of {len(cells)} pairs fail with prefill's rows, "
         f"{len(own)} with decode's own; reading: {', '.join(dict.fromkeys(item.reading.value for item in read))}"
     )
     if Status.UNKNOWN in {cell.status for cell in cells} and not bad:

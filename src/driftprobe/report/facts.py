@@ -6,8 +6,10 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from driftprobe.climb import sharper_words
 from driftprobe.floor import LIMIT
 from driftprobe.judgement import Cell, Failure, Judgement, ModeJudgement, Outcome, Status, TraceJudgement, Verdict
+from driftprobe.local import LOCAL_LIMIT
 from driftprobe.report.text import NOT_TOLD, count, number, printable, times
 from driftprobe.taps import CANDIDATE, PATHS, REFERENCE, execution_order, place
 from driftprobe.trace import Header, Trace
@@ -149,6 +151,21 @@ def failing(cells: Iterable[Cell]) -> list[Cell]:
     return [cell for cell in cells if cell.status is Status.FAIL]
 
 
+def sharper(cell: Cell) -> str:
+    """Return what told a failing cell that its floor did not, in words; nothing where the floor told it."""
+    if cell.status is not Status.FAIL or cell.beyond_floor:
+        return ""
+    by_rounding = cell.local is not None and cell.local.excess > LOCAL_LIMIT
+    return sharper_words(cell.local, None) if by_rounding else sharper_words(None, cell.match)
+
+
+def size_words(failure: Failure) -> str:
+    """Return a failure's drift against its floor; where that told nothing, what did."""
+    found = f"drift {number(failure.drift)}, floor {number(failure.floor)} ({times(failure.excess)})"
+    told = sharper_words(failure.local, failure.match)
+    return f"{found}, but {told}" if told else found
+
+
 def pass_fail(mode: ModeJudgement) -> str:
     """Return the seed's Pass/Fail count, with what is neither."""
     more = [(mode.count(Status.UNKNOWN), "not told"), (mode.unpaired, "unpaired")]
@@ -180,7 +197,8 @@ def drift_words(cell: Cell) -> str:
     if cell.drift.value is None or (cell.status is Status.UNKNOWN and cell.drift.value == 0):
         return f"differs, by how much is {NOT_TOLD}"
     kind = "drift at least" if cell.drift.lower_bound else "drift"
-    lead = {Status.PASS: "differs within the floor", Status.FAIL: "BEYOND THE FLOOR"}.get(cell.status, "differs")
+    failing = "MORE THAN ROUNDING" if sharper(cell) else "BEYOND THE FLOOR"
+    lead = {Status.PASS: "differs within the floor", Status.FAIL: failing}.get(cell.status, "differs")
     return f"{lead}: {kind} {number(cell.drift.value)} ({times(cell.excess)})"
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from driftprobe.climb import sharper_words, sides_of
 from driftprobe.floor import LIMIT
 from driftprobe.judgement import Cell, Failure, Judgement, ModeJudgement, Verdict
 from driftprobe.report.facts import PROJECTIONS, differing, failing, largest, mode_names, run_command, where
 from driftprobe.report.text import NOT_TOLD, blocks, bullets, count, number, prose, times
-from driftprobe.taps import BY_NAME, CACHE_TAPS, CANDIDATE, REFERENCE, place
+from driftprobe.taps import BY_NAME, CACHE_TAPS, place
 from driftprobe.trace import Trace
 
 CITED = (*PROJECTIONS, "attn_scores", "attn_probs")
@@ -40,15 +41,15 @@ def _lines(mode: ModeJudgement) -> list[str]:
 
 
 def _failure_lines(failure: Failure, mode: ModeJudgement) -> list[str]:
-    tap = BY_NAME.get(failure.tensor)
+    tap, told = BY_NAME.get(failure.tensor), sharper_words(failure.local, failure.match)
     return [
-        f"**First Failure**: {prose(where(failure))}, {prose(failure.phase)} against "
-        f"{REFERENCE if failure.phase == CANDIDATE else 'prefill_last'}",
+        f"**First Failure**: {prose(where(failure))}, {' against '.join(map(prose, sides_of(failure)))}",
         f"**Root Cause**: {prose(failure.root_cause) or NOT_TOLD}",
         f"**Tensor**: {prose(place(failure.layer, failure.tensor))}" + (f" ({tap.op})" if tap else ""),
         f"**Drift**: {number(failure.drift)} (relative L2 distance)",
         f"**Floor**: {number(failure.floor)}{_set_by(failure, mode)}",
         f"**Excess**: {times(failure.excess)}, limit {LIMIT:g}",
+        *([f"**Told under the limit**: {prose(told)}"] if told else []),
         f"**Prompts that fail**: {_spread(mode, failure)}",
         f"**Evidence**: {_statistics(mode, failure.prompt, failure.step, failure.layer)}",
     ]

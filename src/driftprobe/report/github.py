@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from driftprobe.judgement import Judgement, TraceJudgement, Verdict
 from driftprobe.report import facts
-from driftprobe.report.text import blocks, code, count, number, printable, prose, table, times
+from driftprobe.report.text import blocks, code, count, printable, prose, table
 from driftprobe.taps import place
 from driftprobe.trace import Trace
 
@@ -57,8 +57,7 @@ def _text(item: TraceJudgement, report: str) -> str:
     first = item.first_failure
     if first is None:
         return item.reason + _see(report)
-    drift = f"drift {number(first.drift)}, floor {number(first.floor)} ({times(first.excess)})"
-    return f"{drift}; {first.root_cause}{_see(report)}"
+    return f"{facts.size_words(first)}; {first.root_cause}{_see(report)}"
 
 
 def _see(report: str) -> str:
@@ -69,8 +68,7 @@ def summary(judgement: Judgement, traces: Sequence[Trace], report: str) -> str:
     """Return the step summary: the verdict, each mode in a row, the first failure with its cause, and the limits."""
     first = judgement.first_failure
     failure = [] if first is None else [
-        f"**First failure**: {prose(facts.where(first))}: drift {number(first.drift)}, floor {number(first.floor)} "
-        f"({times(first.excess)})",
+        f"**First failure**: {prose(facts.where(first))}: {prose(facts.size_words(first))}",
         f"**Root cause**: {prose(first.root_cause)}",
     ]  # fmt: skip
     return blocks([

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from driftprobe.judgement import Judgement, ModeJudgement, TraceJudgement, Verdict
 from driftprobe.report import facts
-from driftprobe.report.text import number, printable, times
+from driftprobe.report.text import printable
 from driftprobe.trace import Trace
 
 
@@ -62,5 +62,4 @@ def _case(suite: ElementTree.Element, item: TraceJudgement) -> None:
 def _cause(item: TraceJudgement) -> str:
     first = item.first_failure
     assert first is not None, "a MISMATCH has a first failure"
-    size = f"drift {number(first.drift)}, floor {number(first.floor)} ({times(first.excess)})"
-    return f"{facts.where(first)}: {size}; {first.root_cause}"
+    return f"{facts.where(first)}: {facts.size_words(first)}; {first.root_cause}"

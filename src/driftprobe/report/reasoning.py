@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from driftprobe.climb import sharper_words, sides_of
 from driftprobe.floor import LIMIT
 from driftprobe.judgement import Failure, Judgement, Reading
 from driftprobe.report import facts
@@ -51,12 +52,14 @@ def _evidence(row: EvidenceRow) -> str:
 def _failure(first: Failure | None) -> Iterator[str]:
     if first is None:
         return
-    yield f"{facts.where(first)}, {first.phase}" + (f", in {first.rung}" if first.rung else "")
+    mine, other = sides_of(first)
+    yield f"{facts.where(first)}, {mine} against {other}" + (f", in {first.rung}" if first.rung else "")
     yield f"drift {number(first.drift)}, floor {number(first.floor)} ({times(first.excess)}, limit {LIMIT:g})"
-    if first.local is not None:
-        yield f"told under the limit: {first.local.ground.words}, {times(first.local.excess)} of it"
+    told = sharper_words(first.local, first.match)
+    if told:
+        yield f"told under the limit: {told}"
     if first.match is not None:
-        yield f"told by a matched filter: {first.match.cause}, {number(first.match.z)} standard errors"
+        yield f"the matched filter's fault: {first.match.cause}"
 
 
 def _cause(first: Failure | None) -> Iterator[str]:

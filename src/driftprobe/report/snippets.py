@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from driftprobe.floor import repeated
 from driftprobe.judgement import Cell, Judgement
 from driftprobe.report.facts import PROJECTIONS, main_mode, sort_cells
 from driftprobe.trace import Record, Trace
@@ -23,7 +24,7 @@ def snippets(judgement: Judgement, traces: Sequence[Trace]) -> tuple[str, ...]:
 def about(judgement: Judgement, traces: Sequence[Trace]) -> str:
     """Say what the snippets show."""
     if _failed(judgement, traces):
-        return "The two records of the first failure: prefill's, then the one that differs from it."
+        return "The two records of the first failure: the one compared with, then the one that differs from it."
     if _projections(judgement):
         return "The first projections of the first prompt: of each tensor prefill's record, then decode's."
     return "No pair of records was compared, so there is none to cite."
@@ -59,7 +60,7 @@ def _fields(record: Record) -> Fields:
 
 
 def _failed(judgement: Judgement, traces: Sequence[Trace]) -> tuple[Record, ...]:
-    """Return the first failure's records: of arm P, and of the failing phase where its hash is another."""
+    """Return the first failure's records: the arm's that was compared with, and the failing one's of another hash."""
     failure = judgement.first_failure
     if failure is None:
         return ()
@@ -70,10 +71,10 @@ def _failed(judgement: Judgement, traces: Sequence[Trace]) -> tuple[Record, ...]
         return (mine[0].reference, mine[0].candidate) if mine else ()
     for trace in traces:
         here = [r for r in trace.records if (r.prompt, r.step, r.layer, r.tensor) == place]
-        for reference in (r for r in here if (r.arm, r.phase) == ("P", "prefill_last")):
-            arms = {"D"} if not failure.of_control else {r.arm for r in here} - {"P", "D", "A"}
+        against = repeated(failure.arm) if failure.of_control else "P"
+        for reference in (r for r in here if r.arm == against and r.phase != "prefill_row"):
             for other in here:
-                if other.arm in arms and other.phase == failure.phase and other.hash != reference.hash:
+                if (other.arm, other.phase) == (failure.arm, failure.phase) and other.hash != reference.hash:
                     return (reference, other)
     return ()
 

@@ -13,7 +13,7 @@ from driftprobe.report.facts import all_prompts, sort_cells
 from driftprobe.report.text import clip, printable
 
 EQUAL, WITHIN, UNTOLD, BEYOND = "·o?#"
-LEGEND = f"{EQUAL} equal   {WITHIN} within the floor   {BEYOND} beyond it   {UNTOLD} not told   blank: not recorded"
+LEGEND = f"{EQUAL} equal   {WITHIN} rounding   {BEYOND} more than rounding   {UNTOLD} not told   blank: not recorded"
 MOST_LINES = 24
 """Lines of layers; a deeper model has several layers a line, the gravest of which is shown."""
 NAME = 24

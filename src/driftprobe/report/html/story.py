@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from driftprobe.floor import LIMIT
+from driftprobe.climb import sharper_words, sides_of
+from driftprobe.floor import LIMIT, is_turned
 from driftprobe.judgement import Failure, Impact, Judgement, Range, Reading, Verdict
 from driftprobe.report import facts
 from driftprobe.report.conclusion import impact_words
@@ -79,6 +80,8 @@ class Story:
     ran: tuple[tuple[str, str], ...]
     evidence: tuple[EvidenceRow, ...]
     gates: tuple[Shut, ...]
+    shut: str
+    """What figures behind a shut gate are worth; empty where all are open."""
     readings: tuple[tuple[str, str, str, str, str], ...]
     """Prompt, D beyond the floor, A beyond the floor, reading, meaning."""
     statistics: tuple[tuple[str, ...], ...]
@@ -99,7 +102,7 @@ def tell(judgement: Judgement, traces: Sequence[Trace]) -> Story:
         title=f"{judgement.verdict.value} · {name(model) or 'driftprobe'}",
         tone=_TONES[judgement.verdict],
         verdict=judgement.verdict.value,
-        headline=_HEADLINES[judgement.verdict].format(both=both),
+        headline=_headline(judgement, both),
         hypothesis=_HYPOTHESES[judgement.verdict],
         reason=_long(facts.reason(judgement)),
         tiles=(_cause(judgement), _first(judgement.first_failure, judgement), _limit(judgement), _impact(judgement)),
@@ -111,6 +114,7 @@ def tell(judgement: Judgement, traces: Sequence[Trace]) -> Story:
             for item in facts.all_prompts(judgement)
             for gate in item.gates
         ),
+        shut=_long(facts.shut_words(judgement)),
         readings=_readings(judgement),
         statistics=_statistics(judgement),
         sides=facts.sides(judgement),
@@ -119,6 +123,16 @@ def tell(judgement: Judgement, traces: Sequence[Trace]) -> Story:
         rebuild=_long(facts.report_command(base)),
         generated=f"{printable(facts.generated(base))} by driftprobe {__version__}",
     )
+
+
+def _headline(judgement: Judgement, both: str) -> str:
+    first = judgement.first_failure
+    if first is not None and first.of_control:
+        mine, other = sides_of(first)
+        both = (
+            f"{name(other)} and {name(mine)}, the same run but for a knob," if is_turned(first.arm) else "two prefills"
+        )
+    return _HEADLINES[judgement.verdict].format(both=both)
 
 
 def _cause(judgement: Judgement) -> Tile:
@@ -134,7 +148,8 @@ def _cause(judgement: Judgement) -> Tile:
         return Tile("Cause", words.get(judgement.verdict, NOT_TOLD), notes)
     first, *more = _long(failure.root_cause).split("; ")
     tap = BY_NAME.get(failure.tensor)
-    suspects = (f"look first at: {tap.suspect}",) if tap and tap.suspect and failure.diagnosis is None else ()
+    untold = tap is not None and failure.diagnosis is None and tap.suspect not in failure.root_cause
+    suspects = (f"look first at: {tap.suspect}",) if tap and tap.suspect and untold else ()
     return Tile("Cause", first or NOT_TOLD, (*more, *suspects))
 
 
@@ -146,8 +161,9 @@ def _first(failure: Failure | None, judgement: Judgement) -> Tile:
         note = f"largest excess {times(worst.excess)} at {name(facts.where(worst))}; limit ×{LIMIT:g}"
         return Tile("First failure", "none", (note,))
     sizes = f"drift {number(failure.drift)}, floor {number(failure.floor)}: {times(failure.excess)}, limit ×{LIMIT:g}"
+    told = sharper_words(failure.local, failure.match)
     rung = (f"seen with everything run again in {name(failure.rung)}",) if failure.rung else ()
-    return Tile("First failure", name(facts.where(failure)), (sizes, *rung))
+    return Tile("First failure", name(facts.where(failure)), (sizes, *([f"but {told}"] if told else []), *rung))
 
 
 def _limit(judgement: Judgement) -> Tile:

@@ -13,7 +13,7 @@ from typing import Any
 from driftprobe.compare import NoPayloads, pair
 from driftprobe.floor import is_control, repeated
 from driftprobe.judgement import Cell, Failure, Judgement, Status, TraceJudgement
-from driftprobe.report.facts import all_prompts, sort_cells
+from driftprobe.report.facts import all_prompts, sharper, sort_cells
 from driftprobe.report.html.pool import Pool, Words, encode, name, short
 from driftprobe.taps import BY_NAME, CANDIDATE
 from driftprobe.trace import Trace
@@ -124,8 +124,9 @@ def chosen(views: Sequence[View], start: int, budget: int = VIEW_BYTES) -> list[
 def _size(view: View) -> int:
     """Return about how many bytes a view takes: what its cells do not share with other views."""
     equal = sum(cell.drift.equal for cell in view.cells)
+    told = sum(len(sharper(cell)) for cell in view.cells)
     whole = sum(cell.drift.max_abs is not None and not cell.drift.equal for cell in view.cells)
-    return 300 + 8 * equal + 26 * (len(view.cells) - equal) + 30 * whole + NUMBERS * len(view.cells)
+    return 300 + 8 * equal + 26 * (len(view.cells) - equal) + 30 * whole + 2 * told + NUMBERS * len(view.cells)
 
 
 def guilty_arms(judged: TraceJudgement) -> list[str]:
@@ -176,12 +177,8 @@ def _more(cell: Cell) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if cell.drift.max_abs:
         found |= {"a": short(cell.drift.max_abs), "u": short(cell.drift.ulp), "w": cell.drift.worst}
-    if cell.status is Status.FAIL and not cell.beyond_floor:
-        if cell.match is not None:
-            found["m"] = [short(cell.match.share), short(cell.match.error), short(abs(cell.match.z))]
-        elif cell.local is not None:
-            found["l"] = short(cell.local.excess)
-    return found
+    told = sharper(cell)
+    return found | ({"t": told} if told else {})
 
 
 def about_taps(taps: Iterable[str]) -> list[list[str | int]]:

@@ -57,6 +57,8 @@ const within = (v, [low, high]) => (v === null ? null : Math.min(high, Math.max(
 const place = (cell) => (cell.layer === null ? cell.tap : `layer ${cell.layer} ${cell.tap}`);
 const EVIDENCE = { h: "hash", p: "whole tensors", s: "sketch, an estimate", m: "norms, a lower bound", n: "hash: they differ" };
 const STATUS = { e: "equal bit for bit", p: "within the floor", f: "beyond the floor", u: "not told" };
+/** What is said of a cell; one that fails under its limit was told by a sharper test, which its record names. */
+const statusOf = (cell) => (cell.more.t ? "under the limit, yet no rounding" : STATUS[cell.status]);
 const [LEFT, RIGHT] = data.sides;
 
 const decoded = new Map();

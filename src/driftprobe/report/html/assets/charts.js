@@ -25,10 +25,10 @@ function drawDepth(cells, tap, selected) {
       Plot.dot(shown, { x: "x", y: (p) => within(p.drift, range), r: points.length > 900 ? 1.6 : points.length > 300 ? 2 : 3, fill: (p) => colour(p.cell), title: (p) => `${place(p.cell)}: drift ${figure(p.drift)}, floor ${figure(p.floor)}` }),
     ],
   });
-  const over = shown.filter((p) => p.cell.status === "f").length;
+  const failing = shown.filter((p) => p.cell.status === "f"), sharper = failing.filter((p) => p.cell.more.t).length, over = failing.length - sharper;
   const guilty = cells[0].view.guilty;
   const left = guilty.length ? ` Left out of the band: ${guilty.join(", ")}, which rounding does not explain either.` : "";
-  say("depth-say", `${over ? `${over} of ${shown.length} taps are beyond the limit` : `All ${shown.length} taps stay under the limit`}; dots at the lower edge have no drift at all.${left}`);
+  say("depth-say", `${over ? `${over} of ${shown.length} taps are beyond the limit` : `All ${shown.length} taps stay under the limit`}${sharper ? `, ${sharper} of them no rounding all the same` : ""}; dots at the lower edge have no drift at all.${left}`);
 }
 
 /** Ticks of a log axis and lines across, in the plot's own marks. */
@@ -71,7 +71,8 @@ const slope = (v) => (Math.round(v * 100) / 100 + 0).toFixed(2);
 function drawLadder(view, selected) {
   const ladder = data.ladders.find((item) => item.mode === view.mode && item.prompt === view.prompt);
   const pair = ladder && ["", ladder.rung].map((rung) => siblings({ ...view, rung }, []).map((s) => s.index)[0]);
-  if (!ladder || pair.includes(undefined)) return empty("ladder", "The precision ladder was not climbed: everything was run in one precision (--ladder on climbs it).");
+  byId("ladder-legend").hidden = !ladder || pair.includes(undefined);
+  if (byId("ladder-legend").hidden) return empty("ladder", "The precision ladder was not climbed: everything was run in one precision (--ladder on climbs it).");
   const [run, rung] = pair.map(cellsOf), above = new Map(rung.map((c) => [place(c), c]));
   const lines = run.map((c) => ({ c, r: above.get(place(c)) })).filter(({ c, r }) => r && known(c.drift) && known(r.drift) && c.drift > 0);
   const told = lines.filter(({ r }) => r.drift > 0).map(({ c, r }) => Math.log(r.drift / c.drift) / Math.log(ladder.units[1] / ladder.units[0])).sort((a, b) => a - b);
@@ -84,9 +85,9 @@ function drawLadder(view, selected) {
     width: widthOf("ladder"), height: 320, marginLeft: 46, marginRight: 24, marginBottom: 40, marginTop: 24, label: "Drift over unit roundoff, both on log scales",
     x: { type: "log", axis: null, domain: [v / 8, u * 8] }, y: { type: "log", domain: range, axis: null },
     marks: [
-      yPowers(range), Plot.axisX([v, u], { tickFormat: (d) => `${d === u ? ladder.dtype : ladder.rung}, u ${figure(d)}`, tickSize: 4, label: null, color: SOFT }),
+      // `text`, not `tickFormat`: a log axis has its formatter leave out what is no power of ten where it is narrow.
+      yPowers(range), Plot.axisX([v, u], { text: (d) => `${d === u ? ladder.dtype : ladder.rung}${widthOf("ladder") < 460 ? "\n" : ", "}u ${figure(d)}`, tickSize: 4, label: null, color: SOFT }),
       Plot.link([0], { x1: u, x2: v, y1: within(u, range), y2: within(v, range), stroke: "currentColor", strokeDasharray: "5,4", strokeOpacity: 0.6 }),
-      Plot.text([0], { x: Math.sqrt(u * v), y: Math.sqrt(within(u, range) * within(v, range)), text: ["slope 1: rounding"], dy: 14, fill: "currentColor", stroke: "var(--page)", strokeWidth: 4 }),
       link(calm, BLUE, 0.4), link(failing, FAIL, 0.55), link(mine, "currentColor", 1),
     ],
   });
@@ -99,20 +100,22 @@ function drawArms(view) {
   const [own, aligned] = [pick("D"), pick("A")];
   if (own === undefined || aligned === undefined) return empty("arms", "Arm A was not run for this choice: mode kv_aligned runs it.");
   const other = new Map(cellsOf(aligned).map((c) => [place(c), c]));
-  const points = cellsOf(own).map((c) => ({ d: c, a: other.get(place(c)) })).filter(({ d, a }) => a && d.excess !== null && a.excess !== null);
+  const points = cellsOf(own).map((c) => ({ d: c, a: other.get(place(c)) })).filter(({ d, a }) => a && d.excess !== null && a.excess !== null)
+    .sort((one, two) => (one.d.status === "f") - (two.d.status === "f"));
   const limit = data.limit, [across, upward] = ["d", "a"].map((arm) => domain(points.map((p) => p[arm].excess).concat(limit / 50, limit * 50)));
   const corner = (words, right, up) => Plot.text([0], { x: right ? across[1] : limit, y: limit, text: [words], textAnchor: "end", dx: -6, dy: up ? -9 : 10, fill: SOFT, stroke: "var(--page)", strokeWidth: 4 });
   const width = widthOf("arms");
   draw("arms", {
-    width, height: 320, marginLeft: 46, marginBottom: 40, marginTop: 12, marginRight: 14, label: "Excess of arm A over excess of arm D",
+    width, height: 340, marginLeft: 46, marginBottom: 40, marginTop: 32, marginRight: 14, label: "Excess of arm A over excess of arm D",
     x: { type: "log", domain: across, axis: null }, y: { type: "log", domain: upward, axis: null },
     marks: [
       yPowers(upward), Plot.axisX(powers(across, width / 90), { tickFormat: power, label: "D: decode with its own cache", labelArrow: "none", labelAnchor: "center", tickSize: 0, color: SOFT }),
       Plot.ruleX([limit], { stroke: FAIL, strokeDasharray: "4,3" }), Plot.ruleY([limit], { stroke: FAIL, strokeDasharray: "4,3" }),
       corner("harness", false, true), corner("computation", true, true), corner("H₀", false, false), corner("contents", true, false),
-      Plot.text([0], { frameAnchor: "top-left", dx: 6, dy: 2, text: ["A: with prefill's rows put in"], fill: SOFT }),
+      Plot.text([0], { frameAnchor: "top-left", lineAnchor: "bottom", dx: -40, dy: -12, text: ["A: decode with prefill's rows put in"], fill: SOFT }),
       Plot.dot(points, { x: (p) => within(p.d.excess, across), y: (p) => within(p.a.excess, upward), r: 3.2, fill: (p) => (p.a.status === "f" ? colour(p.a) : colour(p.d)), fillOpacity: 0.75, title: (p) => `${place(p.d)}: D ${times(p.d.excess)}, A ${times(p.a.excess)}` }),
     ],
   });
-  return say("arms-say", "One dot a tap. Right of the dashed line D fails, above it A fails; both axes count floors.");
+  const inside = points.filter(({ d, a }) => d.more.t || a.more.t).length;
+  return say("arms-say", `One dot a tap. Right of the dashed line D fails, above it A fails; both axes count floors.${inside ? ` ${inside} more ${inside === 1 ? "fails" : "fail"} by a test sharper than the floor, and ${inside === 1 ? "is" : "are"} orange within the lines.` : ""}`);
 }

@@ -35,7 +35,7 @@ function drawChoices() {
     fillSelect(`choose-${key}`, values.map((v) => [String(v), words(v)]), String(now[key]));
   }
   const failing = data.columns[now.status].split("f").length - 1, all = data.columns[now.status].length;
-  say("choice-say", failing ? `${failing} of ${all} taps beyond the floor here` : `no tap of ${all} beyond the floor here`);
+  say("choice-say", `${failing || "none"} of ${all} taps beyond rounding here`);
 }
 
 function drawAll() {
@@ -43,6 +43,9 @@ function drawAll() {
   if (!cells[state.cell]) state.cell = 0;
   drawChoices();
   state.map = drawMap(cells);
+  const sharper = cells.filter((cell) => cell.more.t).length;
+  byId("sharper").hidden = !sharper;
+  say("sharper", `${sharper === 1 ? "One cell fails" : `${sharper} cells fail`} under the limit: a test sharper than the floor told ${sharper === 1 ? "it" : "them"}. Its record says which, under “yet no rounding”.`);
   select(state.cell, false);
   drawArms(view);
   state.rows = drawRows(view, state.rows) || "";

@@ -104,8 +104,8 @@ function wire(made, found, grid) {
     const { cell, r, c } = found[i];
     rect.setAttribute("role", "button");
     rect.setAttribute("tabindex", "-1");
-    rect.setAttribute("aria-label", `${place(cell)}: ${STATUS[cell.status]}${cell.status === "e" ? "" : `, ${times(cell.excess)} the floor`}`);
-    rect.append(svg("title", {}, `${place(cell)}\n${STATUS[cell.status]}${cell.status === "e" ? "" : `: drift ${figure(cell.drift)}, ${times(cell.excess)}`}`));
+    rect.setAttribute("aria-label", `${place(cell)}: ${statusOf(cell)}${cell.status === "e" ? "" : `, ${times(cell.excess)} the floor`}`);
+    rect.append(svg("title", {}, `${place(cell)}\n${statusOf(cell)}${cell.status === "e" ? "" : `: drift ${figure(cell.drift)}, ${times(cell.excess)}`}`));
     rect.dataset.i = cell.i;
     at.set(`${r},${grid.rows[r].bar ? 0 : c}`, { rect, cell, r, c });
   });

@@ -28,13 +28,12 @@ function pairs(cell) {
   const worst = worstWords(cell);
   if (worst) rows.push(["Worst element", worst]);
   if (known(cell.high)) rows.push(["Controls", `drift ${figure(cell.low)} to ${figure(cell.high)}`]);
-  if (cell.more.l !== undefined) rows.push(["Own rounding", `exceeded ×${figure(number(cell.more.l))} with equal inputs`]);
-  if (cell.more.m) rows.push(["All one way", `by ${figure(number(cell.more.m[0]))} ± ${figure(number(cell.more.m[1]))} (${figure(number(cell.more.m[2]))} σ)`]);
+  if (cell.more.t) rows.push(["Yet no rounding", cell.more.t]);
   return rows;
 }
 
 function drawRecord(cell) {
-  const title = el("h3", {}, place(cell)), tag = el("span", { class: `tag ${cell.status}` }, STATUS[cell.status]);
+  const title = el("h3", {}, place(cell)), tag = el("span", { class: `tag ${cell.status}` }, statusOf(cell));
   const op = el("p", { class: "op" }, cell.op || "a module of the model");
   const list = el("dl", {}, ...pairs(cell).flatMap(([key, value]) => [el("dt", {}, key), el("dd", {}, value)]));
   byId("record").replaceChildren(el("div", { class: "record-head" }, title, tag), op, list, printsTable(cell));
