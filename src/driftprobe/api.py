@@ -22,7 +22,7 @@ from driftprobe.artifacts import (
 )
 from driftprobe.boundaries import LONGEST, Boundaries
 from driftprobe.boundaries import boundaries as derive
-from driftprobe.capture import CaptureOptions, capture, choose_tokens, trace_name
+from driftprobe.capture import CaptureOptions, capture_once, choose_tokens, trace_name
 from driftprobe.constants import add_constants
 from driftprobe.diagnose import diagnose
 from driftprobe.engines import open_engine
@@ -35,7 +35,7 @@ from driftprobe.judgement import Failure, Impact, Judgement, Limits, Verdict
 from driftprobe.load import load_traces, traces_folder
 from driftprobe.options import RunOptions, Weighed, make_plans, parse_mode, rung_of
 from driftprobe.payload import Payloads
-from driftprobe.plan import Plan, Prompt, at_rung
+from driftprobe.plan import Arm, Plan, Prompt, at_rung, together
 from driftprobe.products import LOOKS, Wanted, wanted_matrices
 from driftprobe.prompts import LENGTHS, Source, boundary_prompts, builtin_prompt, make_prompts
 from driftprobe.prune import prune_payloads
@@ -362,50 +362,66 @@ def _reject_for_objects(dtype: str | None, attn: str | None) -> None:
 
 
 def _capture_all(plans: Sequence[Plan], engine: Engine, stage: Layout, options: RunOptions, progress: Progress) -> None:
-    """Capture every plan, then every plan again at the ladder's rung."""
+    """Capture every plan, then every plan again at the ladder's rung; plans that may be, each arm once for all."""
     rung = rung_of(engine, options.ladder)
-    again = [at_rung(plan, rung) for plan in plans] if rung else []
-    total, done = sum(len(plan.arms) for plan in (*plans, *again)) + 1, 0  # one for the judgement
+    groups = together(plans) if engine.alike_in_modes else [(plan,) for plan in plans]
+    again = [tuple(at_rung(plan, rung) for plan in group) for group in groups] if rung else []
+    total, done = sum(len(group[0].arms) for group in (*groups, *again)) + 1, 0  # one for the judgement
 
     def told(what: str) -> None:
         nonlocal done
         done += 1
         progress(Step(done, total, what))
 
-    tokens = {}
-    for plan in plans:
-        tokens[(plan.mode, plan.prompt.name)] = choose_tokens(plan, engine)
-        _capture(plan, engine, tokens[(plan.mode, plan.prompt.name)], stage, options, told)
+    tokens = []
+    for group in groups:
+        tokens.append(choose_tokens(group[0], engine))
+        _capture(group, engine, tokens[-1], stage, options, told)
     try:
         with engine.at(rung) if again else nullcontext():
-            for plan in again:
-                _capture(plan, engine, tokens[(plan.mode, plan.prompt.name)], stage, options, told)
+            for group, chosen in zip(again, tokens, strict=bool(again)):
+                _capture(group, engine, chosen, stage, options, told)
     except EngineError as error:  # the run itself stands; what was captured at the rung is an incomplete trace
         (stage.logs / f"ladder_{rung}.log").write_text(error.render() + "\n", encoding="utf-8")
     progress(Step(total - 1, total, "judging"))
 
 
 def _capture(
-    plan: Plan, engine: Engine, tokens: tuple[int, ...], stage: Layout, options: RunOptions,
+    plans: Sequence[Plan], engine: Engine, tokens: tuple[int, ...], stage: Layout, options: RunOptions,
     progress: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Write one plan's trace and its log."""
+    """Write the traces of plans that are captured together, and each one's log."""
+    started, first = time.perf_counter(), plans[0]
+    rung, modes = f", at {first.rung}" if first.rung else "", " and ".join(plan.mode.value for plan in plans)
+    logs = {plan.mode: _log_start(plan, plans, engine) for plan in plans}
+
+    def told(arm: Arm, line: str) -> None:
+        for plan in plans:
+            if arm in plan.arms:
+                logs[plan.mode].append(f"{time.perf_counter() - started:8.3f} s  arm {line}")
+        progress(f"{first.prompt.name} {modes}{rung} arm {line}")
+
+    labels = {"output": options.output} | ({"fault": options.fault} if options.fault else {})
+    labels |= {} if options.strength is None else {"strength": f"{options.strength:g}"}
+    settings = CaptureOptions(run=options.output or first.prompt.name, date=options.date, payload=options.payload,
+                              labels=labels)  # fmt: skip
+    paths, said = capture_once(plans, engine, tokens, stage.traces, settings, told), engine.said()
+    stage.logs.mkdir(parents=True, exist_ok=True)
+    for plan, path in zip(plans, paths, strict=True):
+        lines = [*logs[plan.mode], *said, f"{time.perf_counter() - started:8.3f} s  wrote {path.name}"]
+        (stage.logs / f"{trace_name(plan)}.log").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _log_start(plan: Plan, plans: Sequence[Plan], engine: Engine) -> list[str]:
+    """Return the first lines of a plan's log: the engine, what is run, and that it was run for other modes as well."""
     facts, rung = engine.facts, f", at {plan.rung}" if plan.rung else ""
     lines = [f"{facts.name} {facts.version} {facts.model} {facts.dtype} {facts.attention} on {facts.device}",
              f"mode {plan.mode.value}, prompt {plan.prompt.name}, {len(plan.prompt.token_ids)} tokens, "
              f"{plan.steps} steps, seed {plan.seed}{rung}"]  # fmt: skip
-    started = time.perf_counter()
-
-    def told(line: str) -> None:
-        lines.append(f"{time.perf_counter() - started:8.3f} s  arm {line}")
-        progress(f"{plan.prompt.name} {plan.mode.value}{rung} arm {line}")
-
-    labels = {"output": options.output} | ({"fault": options.fault} if options.fault else {})
-    labels |= {} if options.strength is None else {"strength": f"{options.strength:g}"}
-    settings = CaptureOptions(run=options.output or plan.prompt.name, date=options.date, payload=options.payload,
-                              labels=labels)  # fmt: skip
-    path = capture(plan, engine, tokens, stage.traces, settings, told)
-    lines += engine.said()
-    lines.append(f"{time.perf_counter() - started:8.3f} s  wrote {path.name}")
-    stage.logs.mkdir(parents=True, exist_ok=True)
-    (stage.logs / f"{trace_name(plan)}.log").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    others = [other for other in plans if other is not plan]
+    if not others:
+        return lines
+    named = " and ".join(other.mode.value for other in others)
+    shared = {arm.name for arm in plan.arms} & {arm.name for other in others for arm in other.arms}
+    names = ", ".join(dict.fromkeys(arm.name for arm in plan.arms if arm.name in shared))
+    return [*lines, f"run once for this mode and {named}, in both traces: arms {names}"]
