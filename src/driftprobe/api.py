@@ -31,7 +31,7 @@ from driftprobe.errors import EngineError, TraceError, UsageError
 from driftprobe.faults import Expected
 from driftprobe.fingerprint import Array
 from driftprobe.frames import to_frame
-from driftprobe.judgement import Failure, Impact, Judgement, Limits, Verdict
+from driftprobe.judgement import Failure, Impact, Judgement, Limits, TraceJudgement, Verdict
 from driftprobe.load import load_traces, traces_folder
 from driftprobe.options import RunOptions, Weighed, make_plans, parse_mode, rung_of
 from driftprobe.payload import Payloads
@@ -44,8 +44,8 @@ from driftprobe.report import inline, reasoning, render_all
 from driftprobe.report.text import count
 from driftprobe.side_by_side import side_of, write_comparison
 from driftprobe.taps import place
-from driftprobe.trace import Record, Trace, read_header
-from driftprobe.verdict import base_traces, judge
+from driftprobe.trace import Record, Trace, read_header, read_trace
+from driftprobe.verdict import base_traces, judge, judge_trace
 
 Prompts = Mapping[str, Source] | Iterable[Source]
 
@@ -292,37 +292,63 @@ def run(
 def finish(engine: Weighed, stage: Layout, payload: str) -> Result:
     """Judge what was captured, add matrices that would tell more, judge again, and keep the payloads that are needed.
 
+    The result is what `analyze` says of the folder as it then is. A trace is read and judged again only where it has
+    gained a matrix, and judged again where it has lost payloads.
+
     Raises TraceError for a trace that breaks the format, OutputError where it cannot be written.
     """
-    result = analyze(stage.root)
+    traces = {trace.path: trace for trace in load_traces(stage.root)}
+    ready: dict[str, TraceJudgement] = {}
+    judged = _judge_again(traces, ready, stage)
     for looks in (LOOKS, 0) if payload != "none" else ():  # the second time for a failure that the first has found
-        if add_matrices(engine, wanted_matrices(result.judgement, looks), result.traces, stage):
-            result = analyze(stage.root)
-    if payload == "failing":
-        for mode in result.judgement.modes.values():
-            for judged in mode.prompts:
-                for item in (judged, *([judged.ladder.judged] if judged.ladder else [])):
-                    trace = next(t for t in result.traces if t.path == item.file)
-                    prune_payloads(trace, item, stage.traces)
-        result = analyze(stage.root)
-    return result
+        grown = add_matrices(engine, wanted_matrices(judged, looks), tuple(traces.values()), stage)
+        if grown:
+            for name in grown:
+                traces[name] = read_trace(stage.traces / name)
+                del ready[name]
+            judged = _judge_again(traces, ready, stage)
+    if payload == "failing" and _pruned(judged, traces, ready, stage):
+        judged = _judge_again(traces, ready, stage)
+    return Result(judged, tuple(traces.values()), traces_folder(stage.root))
 
 
-def add_matrices(engine: Weighed, wanted: Wanted, traces: Sequence[Trace], stage: Layout) -> bool:
-    """Add the matrices that a judgement asks for to its traces; returns whether any was added: then judge again.
+def _judge_again(traces: Mapping[str, Trace], ready: dict[str, TraceJudgement], stage: Layout) -> Judgement:
+    """Judge the traces that `ready` lacks, put them there, and return the judgement of all."""
+    payloads, every = Payloads(stage.traces), tuple(traces.values())
+    for name, trace in traces.items():
+        if name not in ready:
+            ready[name] = judge_trace(trace, payloads)
+    return diagnose(judge(every, payloads, ready), every, payloads)
+
+
+def _pruned(judged: Judgement, traces: dict[str, Trace], ready: dict[str, TraceJudgement], stage: Layout) -> bool:
+    """Prune every trace; one that loses payloads takes the old one's place, unjudged. Returns whether any did."""
+    before = len(ready)
+    for mode in judged.modes.values():
+        for prompt in mode.prompts:
+            for item in (prompt, *([prompt.ladder.judged] if prompt.ladder else [])):
+                kept = prune_payloads(traces[item.file], item, stage.traces)
+                if kept is not traces[item.file]:
+                    traces[item.file] = kept
+                    del ready[item.file]
+    return len(ready) < before
+
+
+def add_matrices(engine: Weighed, wanted: Wanted, traces: Sequence[Trace], stage: Layout) -> list[str]:
+    """Add the matrices that a judgement asks for to its traces; returns the files that grew: judge those again.
 
     What the budget leaves out is said in the log. Raises OutputError where a trace cannot be written.
     """
-    added = False
+    grown = []
     for file, places in wanted.items():
         trace, lines = next(t for t in traces if t.path == file), list[str]()
         new, left_out = add_constants(trace, _weights(engine, places, lines), stage.traces)
-        added |= new > 0
+        grown += [file] if new else []
         if lines or left_out:
             stage.logs.mkdir(parents=True, exist_ok=True)
             with (stage.logs / file.replace(".jsonl", ".log")).open("a", encoding="utf-8") as log:
                 log.writelines(f"{line}\n" for line in (*lines, *left_out))
-    return added
+    return grown
 
 
 def _weights(engine: Weighed, places: Iterable[tuple[int | None, str]], lines: list[str]) -> Iterator[Constant]:
