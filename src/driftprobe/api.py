@@ -22,7 +22,7 @@ from driftprobe.artifacts import (
 )
 from driftprobe.boundaries import LONGEST, Boundaries
 from driftprobe.boundaries import boundaries as derive
-from driftprobe.capture import CaptureOptions, capture, choose_tokens, trace_name
+from driftprobe.capture import CaptureOptions, capture_once, choose_tokens, trace_name
 from driftprobe.constants import add_constants
 from driftprobe.diagnose import diagnose
 from driftprobe.engines import open_engine
@@ -31,11 +31,11 @@ from driftprobe.errors import EngineError, TraceError, UsageError
 from driftprobe.faults import Expected
 from driftprobe.fingerprint import Array
 from driftprobe.frames import to_frame
-from driftprobe.judgement import Failure, Impact, Judgement, Limits, Verdict
+from driftprobe.judgement import Failure, Impact, Judgement, Limits, TraceJudgement, Verdict
 from driftprobe.load import load_traces, traces_folder
 from driftprobe.options import RunOptions, Weighed, make_plans, parse_mode, rung_of
 from driftprobe.payload import Payloads
-from driftprobe.plan import Plan, Prompt, at_rung
+from driftprobe.plan import Arm, Plan, Prompt, at_rung, together
 from driftprobe.products import LOOKS, Wanted, wanted_matrices
 from driftprobe.prompts import LENGTHS, Source, boundary_prompts, builtin_prompt, make_prompts
 from driftprobe.prune import prune_payloads
@@ -44,8 +44,8 @@ from driftprobe.report import inline, reasoning, render_all
 from driftprobe.report.text import count
 from driftprobe.side_by_side import side_of, write_comparison
 from driftprobe.taps import place
-from driftprobe.trace import Record, Trace, read_header
-from driftprobe.verdict import base_traces, judge
+from driftprobe.trace import Record, Trace, read_header, read_trace
+from driftprobe.verdict import base_traces, judge, judge_trace
 
 Prompts = Mapping[str, Source] | Iterable[Source]
 
@@ -292,37 +292,63 @@ def run(
 def finish(engine: Weighed, stage: Layout, payload: str) -> Result:
     """Judge what was captured, add matrices that would tell more, judge again, and keep the payloads that are needed.
 
+    The result is what `analyze` says of the folder as it then is. A trace is read and judged again only where it has
+    gained a matrix, and judged again where it has lost payloads.
+
     Raises TraceError for a trace that breaks the format, OutputError where it cannot be written.
     """
-    result = analyze(stage.root)
+    traces = {trace.path: trace for trace in load_traces(stage.root)}
+    ready: dict[str, TraceJudgement] = {}
+    judged = _judge_again(traces, ready, stage)
     for looks in (LOOKS, 0) if payload != "none" else ():  # the second time for a failure that the first has found
-        if add_matrices(engine, wanted_matrices(result.judgement, looks), result.traces, stage):
-            result = analyze(stage.root)
-    if payload == "failing":
-        for mode in result.judgement.modes.values():
-            for judged in mode.prompts:
-                for item in (judged, *([judged.ladder.judged] if judged.ladder else [])):
-                    trace = next(t for t in result.traces if t.path == item.file)
-                    prune_payloads(trace, item, stage.traces)
-        result = analyze(stage.root)
-    return result
+        grown = add_matrices(engine, wanted_matrices(judged, looks), tuple(traces.values()), stage)
+        if grown:
+            for name in grown:
+                traces[name] = read_trace(stage.traces / name)
+                del ready[name]
+            judged = _judge_again(traces, ready, stage)
+    if payload == "failing" and _pruned(judged, traces, ready, stage):
+        judged = _judge_again(traces, ready, stage)
+    return Result(judged, tuple(traces.values()), traces_folder(stage.root))
 
 
-def add_matrices(engine: Weighed, wanted: Wanted, traces: Sequence[Trace], stage: Layout) -> bool:
-    """Add the matrices that a judgement asks for to its traces; returns whether any was added: then judge again.
+def _judge_again(traces: Mapping[str, Trace], ready: dict[str, TraceJudgement], stage: Layout) -> Judgement:
+    """Judge the traces that `ready` lacks, put them there, and return the judgement of all."""
+    payloads, every = Payloads(stage.traces), tuple(traces.values())
+    for name, trace in traces.items():
+        if name not in ready:
+            ready[name] = judge_trace(trace, payloads)
+    return diagnose(judge(every, payloads, ready), every, payloads)
+
+
+def _pruned(judged: Judgement, traces: dict[str, Trace], ready: dict[str, TraceJudgement], stage: Layout) -> bool:
+    """Prune every trace; one that loses payloads takes the old one's place, unjudged. Returns whether any did."""
+    before = len(ready)
+    for mode in judged.modes.values():
+        for prompt in mode.prompts:
+            for item in (prompt, *([prompt.ladder.judged] if prompt.ladder else [])):
+                kept = prune_payloads(traces[item.file], item, stage.traces)
+                if kept is not traces[item.file]:
+                    traces[item.file] = kept
+                    del ready[item.file]
+    return len(ready) < before
+
+
+def add_matrices(engine: Weighed, wanted: Wanted, traces: Sequence[Trace], stage: Layout) -> list[str]:
+    """Add the matrices that a judgement asks for to its traces; returns the files that grew: judge those again.
 
     What the budget leaves out is said in the log. Raises OutputError where a trace cannot be written.
     """
-    added = False
+    grown = []
     for file, places in wanted.items():
         trace, lines = next(t for t in traces if t.path == file), list[str]()
         new, left_out = add_constants(trace, _weights(engine, places, lines), stage.traces)
-        added |= new > 0
+        grown += [file] if new else []
         if lines or left_out:
             stage.logs.mkdir(parents=True, exist_ok=True)
             with (stage.logs / file.replace(".jsonl", ".log")).open("a", encoding="utf-8") as log:
                 log.writelines(f"{line}\n" for line in (*lines, *left_out))
-    return added
+    return grown
 
 
 def _weights(engine: Weighed, places: Iterable[tuple[int | None, str]], lines: list[str]) -> Iterator[Constant]:
@@ -362,50 +388,66 @@ def _reject_for_objects(dtype: str | None, attn: str | None) -> None:
 
 
 def _capture_all(plans: Sequence[Plan], engine: Engine, stage: Layout, options: RunOptions, progress: Progress) -> None:
-    """Capture every plan, then every plan again at the ladder's rung."""
+    """Capture every plan, then every plan again at the ladder's rung; plans that may be, each arm once for all."""
     rung = rung_of(engine, options.ladder)
-    again = [at_rung(plan, rung) for plan in plans] if rung else []
-    total, done = sum(len(plan.arms) for plan in (*plans, *again)) + 1, 0  # one for the judgement
+    groups = together(plans) if engine.alike_in_modes else [(plan,) for plan in plans]
+    again = [tuple(at_rung(plan, rung) for plan in group) for group in groups] if rung else []
+    total, done = sum(len(group[0].arms) for group in (*groups, *again)) + 1, 0  # one for the judgement
 
     def told(what: str) -> None:
         nonlocal done
         done += 1
         progress(Step(done, total, what))
 
-    tokens = {}
-    for plan in plans:
-        tokens[(plan.mode, plan.prompt.name)] = choose_tokens(plan, engine)
-        _capture(plan, engine, tokens[(plan.mode, plan.prompt.name)], stage, options, told)
+    tokens = []
+    for group in groups:
+        tokens.append(choose_tokens(group[0], engine))
+        _capture(group, engine, tokens[-1], stage, options, told)
     try:
         with engine.at(rung) if again else nullcontext():
-            for plan in again:
-                _capture(plan, engine, tokens[(plan.mode, plan.prompt.name)], stage, options, told)
+            for group, chosen in zip(again, tokens, strict=bool(again)):
+                _capture(group, engine, chosen, stage, options, told)
     except EngineError as error:  # the run itself stands; what was captured at the rung is an incomplete trace
         (stage.logs / f"ladder_{rung}.log").write_text(error.render() + "\n", encoding="utf-8")
     progress(Step(total - 1, total, "judging"))
 
 
 def _capture(
-    plan: Plan, engine: Engine, tokens: tuple[int, ...], stage: Layout, options: RunOptions,
+    plans: Sequence[Plan], engine: Engine, tokens: tuple[int, ...], stage: Layout, options: RunOptions,
     progress: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Write one plan's trace and its log."""
+    """Write the traces of plans that are captured together, and each one's log."""
+    started, first = time.perf_counter(), plans[0]
+    rung, modes = f", at {first.rung}" if first.rung else "", " and ".join(plan.mode.value for plan in plans)
+    logs = {plan.mode: _log_start(plan, plans, engine) for plan in plans}
+
+    def told(arm: Arm, line: str) -> None:
+        for plan in plans:
+            if arm in plan.arms:
+                logs[plan.mode].append(f"{time.perf_counter() - started:8.3f} s  arm {line}")
+        progress(f"{first.prompt.name} {modes}{rung} arm {line}")
+
+    labels = {"output": options.output} | ({"fault": options.fault} if options.fault else {})
+    labels |= {} if options.strength is None else {"strength": f"{options.strength:g}"}
+    settings = CaptureOptions(run=options.output or first.prompt.name, date=options.date, payload=options.payload,
+                              labels=labels)  # fmt: skip
+    paths, said = capture_once(plans, engine, tokens, stage.traces, settings, told), engine.said()
+    stage.logs.mkdir(parents=True, exist_ok=True)
+    for plan, path in zip(plans, paths, strict=True):
+        lines = [*logs[plan.mode], *said, f"{time.perf_counter() - started:8.3f} s  wrote {path.name}"]
+        (stage.logs / f"{trace_name(plan)}.log").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _log_start(plan: Plan, plans: Sequence[Plan], engine: Engine) -> list[str]:
+    """Return the first lines of a plan's log: the engine, what is run, and that it was run for other modes as well."""
     facts, rung = engine.facts, f", at {plan.rung}" if plan.rung else ""
     lines = [f"{facts.name} {facts.version} {facts.model} {facts.dtype} {facts.attention} on {facts.device}",
              f"mode {plan.mode.value}, prompt {plan.prompt.name}, {len(plan.prompt.token_ids)} tokens, "
              f"{plan.steps} steps, seed {plan.seed}{rung}"]  # fmt: skip
-    started = time.perf_counter()
-
-    def told(line: str) -> None:
-        lines.append(f"{time.perf_counter() - started:8.3f} s  arm {line}")
-        progress(f"{plan.prompt.name} {plan.mode.value}{rung} arm {line}")
-
-    labels = {"output": options.output} | ({"fault": options.fault} if options.fault else {})
-    labels |= {} if options.strength is None else {"strength": f"{options.strength:g}"}
-    settings = CaptureOptions(run=options.output or plan.prompt.name, date=options.date, payload=options.payload,
-                              labels=labels)  # fmt: skip
-    path = capture(plan, engine, tokens, stage.traces, settings, told)
-    lines += engine.said()
-    lines.append(f"{time.perf_counter() - started:8.3f} s  wrote {path.name}")
-    stage.logs.mkdir(parents=True, exist_ok=True)
-    (stage.logs / f"{trace_name(plan)}.log").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    others = [other for other in plans if other is not plan]
+    if not others:
+        return lines
+    named = " and ".join(other.mode.value for other in others)
+    shared = {arm.name for arm in plan.arms} & {arm.name for other in others for arm in other.arms}
+    names = ", ".join(dict.fromkeys(arm.name for arm in plan.arms if arm.name in shared))
+    return [*lines, f"run once for this mode and {named}, in both traces: arms {names}"]

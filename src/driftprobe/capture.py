@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from driftprobe.background import Background, Begun
 from driftprobe.constants import constant_record, tensor_name
-from driftprobe.engines.base import Engine, Recorded, Tapped
+from driftprobe.engines.base import Constant, Engine, Recorded, Tapped
 from driftprobe.fingerprint import Array, fields_and_rows, to_float64
 from driftprobe.lines import NOTHING, Extra, LineMaker
 from driftprobe.payload import payload_file, write_payloads
-from driftprobe.plan import Plan, sequence, tokens_needed
+from driftprobe.plan import Arm, Plan, sequence, tokens_needed
 from driftprobe.taps import CACHE_TAPS, SCORE_TAPS
 from driftprobe.trace import CONSTANTS, COST, Event, Header, Line, PlannedRead, Record, Top, TraceWriter, line_of
 
@@ -56,29 +58,96 @@ def capture(
 
     `progress` is called with a line after each arm. Raises OutputError where the folder cannot be written.
     """
+    return capture_once([plan], engine, tokens, folder, options, lambda _arm, line: progress(line))[0]
+
+
+def capture_once(
+    plans: Sequence[Plan], engine: Engine, tokens: tuple[int, ...], folder: Path, options: CaptureOptions,
+    progress: Callable[[Arm, str], None],
+) -> list[Path]:  # fmt: skip
+    """Run each arm of plans that belong `together` once, and write every plan's trace; returns the traces' paths.
+
+    Each trace is what `capture` makes of its plan alone. `progress` is called with each arm and a line, after it.
+    Raises OutputError where the folder cannot be written.
+    """
     started = time.perf_counter()
-    header = _header(plan, engine, tokens, options)
+    fullest = plans[0]
+    header = _header(fullest, engine, tokens, options)
     layers = frozenset(layer for where in header.taps.values() for layer in where)
-    path, desk = folder / f"{trace_name(plan)}.jsonl", _Desk(plan, tokens, header)
-    with TraceWriter(path, header) as writer:
-        with Background(desk.work, lambda made: desk.write(writer, made)) as background:
-            engine.begin(plan, background.begin)
-            for arm in plan.arms:
+    desk = _Desk(fullest, tokens, header)
+    with ExitStack() as open_files:
+        sheets = [_Sheet.begun(plan, fullest, header, folder, open_files) for plan in plans]
+        with Background(desk.work, lambda made: _write(made, sheets)) as background:
+            engine.begin(fullest, background.begin)
+            for arm in fullest.arms:
                 for item in engine.run(arm, tokens, layers):
                     background.put(item, 0 if isinstance(item, Begun) else _size(item))
                 background.flush()
-                progress(f"{arm.name} {'+'.join(str(c.stop - c.start) for c in arm.passes)} tokens")
-        if options.payload != "none":  # without its tensor a constant says nothing
-            for constant in engine.constants(layers):
-                record = constant_record(constant, header, trace_name(plan))
-                desk.kept.setdefault(CONSTANTS, {})[tensor_name(record)] = constant.array
-                writer.record(record)
-        for arm_name, arrays in desk.kept.items():
-            write_payloads(folder / payload_file(trace_name(plan), arm_name), arrays)
-        if plan.rung:
-            took = round(1000 * (time.perf_counter() - started))
+                progress(arm, f"{arm.name} {'+'.join(str(c.stop - c.start) for c in arm.passes)} tokens")
+        constants = list(engine.constants(layers)) if options.payload != "none" else []  # nothing without its tensor
+        took = round(1000 * (time.perf_counter() - started))
+        for sheet in sheets:
+            sheet.end(constants, folder, took)
+    return [sheet.writer.path for sheet in sheets]
+
+
+@dataclass(slots=True)
+class _Sheet:
+    """One of the traces that are written together: it takes what is made of its own plan's arms."""
+
+    plan: Plan
+    writer: TraceWriter
+    arms: frozenset[str] | None
+    """Names of the arms whose lines it takes; None takes all that comes."""
+    renamed: tuple[bytes, bytes]
+    """How a payload's reference begins in the lines that are made, and how it does here."""
+    kept: dict[str, dict[str, Array]] = field(default_factory=dict)
+    """Arm -> name -> whole tensor."""
+
+    @classmethod
+    def begun(cls, plan: Plan, fullest: Plan, header: Header, folder: Path, files: ExitStack) -> _Sheet:
+        """Return the trace of a plan with its header written; `header` is that of the plan that has all arms."""
+        own = header if plan is fullest else replace(header, mode=plan.mode.value, reads=_reads(plan))
+        writer = files.enter_context(TraceWriter(folder / f"{trace_name(plan)}.jsonl", own))
+        arms = None if plan is fullest else frozenset(arm.name for arm in plan.arms)
+        return cls(plan, writer, arms, (_reference_start(fullest), _reference_start(plan)))
+
+    def take(self, made: Sequence[_Made]) -> None:
+        """Write those lines that are this plan's, and keep their tensors for later."""
+        mine = [each for each in made if self.arms is None or each.of in self.arms]
+        self.writer.group(self._named(each) for each in mine)
+        for each in mine:
+            if each.array is not None:
+                self.kept.setdefault(each.of, {})[each.name] = each.array
+
+    def _named(self, made: _Made) -> Line | Event:
+        """Return a line with the reference to its payload under this trace's name."""
+        what, (before, after) = made.what, self.renamed
+        if made.array is None or before == after or isinstance(what, Event):
+            return what
+        return replace(what, raw=what.raw.replace(before, after, 1))
+
+    def end(self, constants: Sequence[Constant], folder: Path, took: int) -> None:
+        """Write constants, whole tensors, and at a rung what it took, in milliseconds."""
+        name, writer = trace_name(self.plan), self.writer
+        for constant in constants:
+            record = constant_record(constant, writer.header, name)
+            self.kept.setdefault(CONSTANTS, {})[tensor_name(record)] = constant.array
+            writer.record(record)
+        for arm, arrays in self.kept.items():
+            write_payloads(folder / payload_file(name, arm), arrays)
+        if self.plan.rung:
             writer.event(Event(event=COST, arm="", measured={"milliseconds": took}))
-    return path
+
+
+def _write(made: Sequence[_Made], sheets: Sequence[_Sheet]) -> None:
+    for sheet in sheets:
+        sheet.take(made)
+
+
+def _reference_start(plan: Plan) -> bytes:
+    """Return how the references to payloads begin in a trace's lines; within a string its quotes would be escaped."""
+    return b'"payload":' + msgspec.json.encode(payload_file(trace_name(plan), ""))[: -len('..safetensors"') + 1]
 
 
 def _wanted(item: Tapped | Recorded | Event, header: Header) -> bool:
@@ -99,18 +168,17 @@ class _Made:
     """What is written, and the tensor that is kept beside it."""
 
     what: Line | Event
-    arm: str = ""
+    of: str
+    """Its arm."""
     name: str = ""
     array: Array | None = None
 
 
 class _Desk:
-    """Turns what an engine hands out into lines and payloads: `work` for several items, whenever; `write` in order."""
+    """Turns what an engine hands out into lines and payloads, several items at a time, whenever."""
 
     def __init__(self, plan: Plan, tokens: tuple[int, ...], header: Header) -> None:
         self.plan, self.tokens, self.header = plan, tokens, header
-        self.kept: dict[str, dict[str, Array]] = {}
-        """Arm -> name -> whole tensor."""
         self._maker = LineMaker(plan.prompt.name, tokens, header.sketch_size)
 
     def work(self, items: Sequence[Tapped | Recorded | Event]) -> list[_Made]:
@@ -134,7 +202,7 @@ class _Desk:
         told = [self._told(item) for item in items]
         lines = self._maker.lines(items, [extra for _, extra in told])
         return [
-            _Made(line) if name is None else _Made(line, item.read.arm, name, item.array)
+            _Made(line, item.read.arm) if name is None else _Made(line, item.read.arm, name, item.array)
             for line, item, (name, _) in zip(lines, items, told, strict=True)
         ]
 
@@ -148,20 +216,13 @@ class _Desk:
 
     def _alone(self, item: Tapped | Recorded | Event) -> _Made:
         if isinstance(item, Event):
-            return _Made(item)
+            return _Made(item, item.arm)
         record = self._record(item) if isinstance(item, Tapped) else self._adopted(item)
         name = self._payload_name(record.arm, record.phase, record.step, record.layer, record.tensor)
         if item.array is None or name is None:
-            return _Made(line_of(record, self.header.sketch_size))
+            return _Made(line_of(record, self.header.sketch_size), record.arm)
         record = replace(record, payload=self._reference(record.arm, name))
         return _Made(line_of(record, self.header.sketch_size), record.arm, name, item.array)
-
-    def write(self, writer: TraceWriter, made: Sequence[_Made]) -> None:
-        """Write lines, and keep their tensors for later."""
-        writer.group(each.what for each in made)
-        for each in made:
-            if each.array is not None:
-                self.kept.setdefault(each.arm, {})[each.name] = each.array
 
     def _payload_name(self, arm: str, phase: str, step: int, layer: int | None, tensor: str) -> str | None:
         if self.header.payload == "none" or not _keeps_payload(arm):
@@ -217,13 +278,16 @@ def _header(plan: Plan, engine: Engine, tokens: tuple[int, ...], options: Captur
         seed=plan.seed,
         rung=plan.rung,
         date=options.date,
-        reads=tuple(
-            PlannedRead(arm=read.arm, phase=read.phase_name, step=read.step, position=read.position)
-            for read in plan.reads
-        ),
+        reads=_reads(plan),
         taps={name: where for name, where in taps.items() if where or not engine.taps[name]},
         payload=options.payload,
         labels=options.labels,
+    )
+
+
+def _reads(plan: Plan) -> tuple[PlannedRead, ...]:
+    return tuple(
+        PlannedRead(arm=read.arm, phase=read.phase_name, step=read.step, position=read.position) for read in plan.reads
     )
 
 

@@ -183,6 +183,32 @@ def at_rung(plan: Plan, rung: str) -> Plan:
     return replace(plan, rung=rung, arms=kept)
 
 
+def together(plans: Sequence[Plan]) -> list[tuple[Plan, ...]]:
+    """Return groups of plans that one run of each arm answers for, the plan that has all arms of its group first.
+
+    They are of one prompt and differ in mode alone, and in which arms they have. Groups come in order of their first.
+    """
+    groups: list[list[Plan]] = []
+    for plan in plans:
+        group = next((group for group in groups if all(_nested(plan, other) for other in group)), None)
+        if group is None:
+            groups.append([plan])
+        else:
+            group.append(plan)
+    return [tuple(sorted(group, key=lambda plan: -len(plan.arms))) for group in groups]
+
+
+def _nested(one: Plan, other: Plan) -> bool:
+    """Whether two plans are one but for mode and arms, and all arms of one are the other's, in its order."""
+    fewer, more = sorted((one, other), key=lambda plan: len(plan.arms))
+    names = {arm.name for arm in fewer.arms}
+    return (
+        replace(fewer, mode=more.mode, arms=more.arms) == more
+        and tuple(arm for arm in more.arms if arm.name in names) == fewer.arms
+        and tokens_needed(fewer) == tokens_needed(more)
+    )
+
+
 def tokens_needed(plan: Plan) -> int:
     """Return how many tokens of the sequence the plan's longest pass feeds."""
     return max(call.stop for arm in plan.arms for call in arm.passes)

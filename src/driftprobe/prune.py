@@ -16,18 +16,19 @@ from driftprobe.trace import CONSTANTS, Record, Trace, TraceWriter
 _Where = tuple[int, int | None, str]
 
 
-def prune_payloads(trace: Trace, judged: TraceJudgement, folder: Path) -> None:
+def prune_payloads(trace: Trace, judged: TraceJudgement, folder: Path) -> Trace:
     """Rewrite one trace and its payload files in place, without the payloads that no finding needs.
 
-    An incomplete trace is left as it is: writing it again would give it a footer.
+    Returns the trace as it is read from then on; the very one where it has nothing to lose, and nothing is written. An
+    incomplete trace is left as it is too: writing it again would give it a footer.
     """
     if trace.damage:
-        return
+        return trace
     wanted = _wanted(judged)
     payloads = Payloads(folder)
     keep: dict[str, dict[str, Array]] = {}
     files: set[str] = set()
-    records = []
+    records: list[Record] = []
     for record in trace.records:
         if record.payload is None:
             records.append(record)
@@ -40,6 +41,8 @@ def prune_payloads(trace: Trace, judged: TraceJudgement, folder: Path) -> None:
         else:
             keep.setdefault(file, {})[name] = array
             records.append(record)
+    if all(new is old for new, old in zip(records, trace.records, strict=True)):
+        return trace
     for file in sorted(files):
         write_payloads(folder / file, keep[file]) if file in keep else (folder / file).unlink()
     partial = folder / f".{trace.path}.part"
@@ -49,6 +52,7 @@ def prune_payloads(trace: Trace, judged: TraceJudgement, folder: Path) -> None:
         for event in trace.events:
             writer.event(event)
     partial.replace(folder / trace.path)
+    return replace(trace, records=tuple(records))
 
 
 _BESIDE = {Ground.PRODUCT, Ground.ROTATION, Ground.VALUES}

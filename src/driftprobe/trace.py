@@ -224,7 +224,7 @@ class TraceWriter:
     """
 
     def __init__(self, path: Path, header: Header) -> None:
-        self.path = path
+        self.path, self.header = path, header
         self._lines = 0
         self._checks = Checks(path.name)
         first = self._checked("header", header)

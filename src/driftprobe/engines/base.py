@@ -66,6 +66,8 @@ class Engine(Protocol):
     """Which of `plan.ARMS` it can run."""
     perturbs: bool
     """Whether the engine can run arms N: its own ops with a rounding error added to each result."""
+    alike_in_modes: bool
+    """Whether an arm is the same whatever the mode of its plan: one run of it then stands in the traces of both."""
 
     @property
     def rungs(self) -> tuple[str, ...]:

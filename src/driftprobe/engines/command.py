@@ -142,6 +142,7 @@ class CommandEngine:
     """A program that computes one arm a call; see Program."""
 
     perturbs = False
+    alike_in_modes = False  # the program is told the mode, and may do as it likes with it
     rungs: tuple[str, ...] = ()
     parameters = 0
 

@@ -58,6 +58,7 @@ class HFEngine:
     """
 
     perturbs = True
+    alike_in_modes = True
     arms = ARMS
 
     def __init__(

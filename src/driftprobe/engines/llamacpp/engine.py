@@ -47,6 +47,7 @@ class LlamaCppEngine:
     """A GGUF model under llama.cpp on the CPU, run one sequence at a time."""
 
     perturbs = False
+    alike_in_modes = True
     arms = ARMS
     knobs: tuple[str, ...] = ("threads", "chunks")
     rungs: tuple[str, ...] = ()
