@@ -58,6 +58,24 @@ def test_rows_of_a_batch_that_are_mixed_up_are_found(tmp_path):
     assert "a second sequence beside it in the batch" in first.root_cause
 
 
+def test_a_batch_that_fails_is_a_control_less_and_no_run_lost(tmp_path):
+    """Code of the user's own that knows one sequence, from some length on: the trial did not show it."""
+    model = models.build("llama")
+
+    def hook(_module: object, _args: object, call: dict[str, Any]) -> None:
+        if len(call["input_ids"]) == 2 and call["input_ids"].shape[1] > 18:
+            raise IndexError("index 1 is out of bounds")
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    found = run(HFEngine(model), PROMPT, AS_DESIGNED, tmp_path / "run")
+    (judged,) = found.judgement.modes["as_designed"].prompts
+    assert found.judgement.verdict in {Verdict.NO_DRIFT, Verdict.STRUCTURAL_DRIFT}, found.judgement.reason
+    (fired,) = [gate for gate in judged.gates if gate.name == "fired"]
+    assert fired.detail.endswith("but D@batch, P@batch, which failed")
+    (log,) = (tmp_path / "run" / "run").glob("*.log")
+    assert "arm P@batch 21 tokens, left out: the model failed while it ran: IndexError" in log.read_text()
+
+
 def test_a_planted_fault_has_no_batch(tmp_path):
     """Some faults know one sequence: a batch of two would end the run."""
     planted = replace(AS_DESIGNED, fault="rope_plus_one")

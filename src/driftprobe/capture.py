@@ -14,12 +14,25 @@ import numpy as np
 from driftprobe.background import Background, Begun
 from driftprobe.constants import constant_record, tensor_name
 from driftprobe.engines.base import Constant, Engine, Recorded, Tapped
+from driftprobe.errors import EngineError
 from driftprobe.fingerprint import Array, fields_and_rows, to_float64
 from driftprobe.lines import NOTHING, Extra, LineMaker
 from driftprobe.payload import payload_file, write_payloads
 from driftprobe.plan import Arm, Plan, sequence, tokens_needed
 from driftprobe.taps import CACHE_TAPS, SCORE_TAPS
-from driftprobe.trace import CONSTANTS, COST, Event, Header, Line, PlannedRead, Record, Top, TraceWriter, line_of
+from driftprobe.trace import (
+    CONSTANTS,
+    COST,
+    KNOB_FAILED,
+    Event,
+    Header,
+    Line,
+    PlannedRead,
+    Record,
+    Top,
+    TraceWriter,
+    line_of,
+)
 
 PAYLOAD_ARMS = "PDATE"
 """First letters of the arms whose tensors are kept whole: the rest, P', D' and N, are judged by their sketches."""
@@ -80,10 +93,17 @@ def capture_once(
         with Background(desk.work, lambda made: _write(made, sheets)) as background:
             engine.begin(fullest, background.begin)
             for arm in fullest.arms:
-                for item in engine.run(arm, tokens, layers):
-                    background.put(item, 0 if isinstance(item, Begun) else _size(item))
+                said = f"{arm.name} {'+'.join(str(c.stop - c.start) for c in arm.passes)} tokens"
+                try:
+                    for item in engine.run(arm, tokens, layers):
+                        background.put(item, 0 if isinstance(item, Begun) else _size(item))
+                except EngineError as error:
+                    if not arm.batch:
+                        raise
+                    background.put(Event(event=KNOB_FAILED, arm=arm.name), 0)
+                    said += f", left out: {error.what}: {error.measured}"
                 background.flush()
-                progress(arm, f"{arm.name} {'+'.join(str(c.stop - c.start) for c in arm.passes)} tokens")
+                progress(arm, said)
         constants = list(engine.constants(layers)) if options.payload != "none" else []  # nothing without its tensor
         took = round(1000 * (time.perf_counter() - started))
         for sheet in sheets:

@@ -11,7 +11,7 @@ from driftprobe.fingerprint import UNIT_ROUNDOFF
 from driftprobe.floor import UNKNOWN_DTYPE, Controls, Floors, innocent
 from driftprobe.judgement import Cell, Determinism, Gate, LeftOut, Seen, Status
 from driftprobe.taps import BY_NAME, CACHE_TAPS, PATHS, STATE_TAPS, execution_order, place
-from driftprobe.trace import CANNOT_PASS, FAILED, OTHER_TOKEN, Event, Header, Record, Trace
+from driftprobe.trace import CANNOT_PASS, FAILED, KNOB_FAILED, OTHER_TOKEN, Event, Record, Trace
 
 SHOWN = 3
 """How many culprits a gate names before it counts the rest."""
@@ -62,7 +62,7 @@ def pass_gates(evidence: Evidence) -> tuple[Gate, ...]:
         _same_token(evidence),
         _embed(evidence),
         _deterministic(evidence),
-        _fired(evidence.trace.header, evidence.seen),
+        _fired(evidence.trace, evidence.seen),
         _read_back(evidence.trace, evidence.seen),
         _finite(evidence.cells),
         _plausible(evidence.cells),
@@ -179,19 +179,22 @@ def seen_of(trace: Trace) -> Seen:
     return {key: frozenset(places) for key, places in found.items()}
 
 
-def _fired(header: Header, seen: Seen) -> Gate:
+def _fired(trace: Trace, seen: Seen) -> Gate:
+    header, failed = trace.header, {event.arm for event in trace.events if event.event == KNOB_FAILED}
     if not header.reads or not header.taps:
         return Gate("fired", True, "the trace names no plan to hold it to")
     promised = [(layer, tensor) for tensor, layers in header.taps.items() for layer in (layers or (None,))]
     whole = frozenset(promised)
     fixed = frozenset(at for at in promised if at[1] not in STATE_TAPS)  # a state is of the call's last token alone
     missing = []
-    for read in header.reads:
+    for read in (read for read in header.reads if read.arm not in failed):
         wanted, here = fixed if read.phase == "prefill_ext" else whole, seen.get((read.arm, read.phase, read.step))
         if here is None or not here >= wanted:
             gaps = [at for at in promised if at in wanted and at not in (here or ())]
             missing += [f"{place(*at)} in arm {read.arm} step {read.step}" for at in gaps]
-    return Gate("fired", not missing, _listed(missing) or "every planned tap was seen in every arm")
+    told = "every planned tap was seen in every arm"
+    told += f" but {', '.join(sorted(failed))}, which failed" if failed else ""
+    return Gate("fired", not missing, _listed(missing) or told)
 
 
 def _read_back(trace: Trace, seen: Seen) -> Gate:

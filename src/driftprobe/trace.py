@@ -29,6 +29,8 @@ CACHE_BEYOND = "cache_beyond"
 """Event of mode `paths`: position -> how many rows too many the cache held for the call that computed it last."""
 LEFT_OUT = "not compared: "
 """How the events of mode `paths` begin that count, by tap, in how many calls something fired that has no pair."""
+KNOB_FAILED = "the knob cannot be turned"
+"""The event of an arm that runs with a knob of the engine turned, and failed: it is a control less, not a run lost."""
 CANNOT_PASS = "cannot pass: "
 """How the events of mode `paths` begin that say why pairs without a failure are no pass; `measured` counts by tap."""
 MAX_LINE = 64 * 1024 * 1024
