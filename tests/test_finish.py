@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("transformers")
 
-import models  # noqa: E402
-from driftprobe import api, verdict  # noqa: E402
-from driftprobe.api import analyze, run  # noqa: E402
-from driftprobe.engines.hf import HFEngine  # noqa: E402
-from driftprobe.options import RunOptions  # noqa: E402
-from driftprobe.plan import Prompt  # noqa: E402
+import models
+from driftprobe import api, verdict
+from driftprobe.api import analyze, run
+from driftprobe.engines.hf import HFEngine
+from driftprobe.options import RunOptions
+from driftprobe.plan import Prompt
 
 PROMPTS = [Prompt("p", tuple(models.tokens(7)))]
 
