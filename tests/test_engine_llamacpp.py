@@ -231,9 +231,8 @@ def test_heads_that_are_turned_before_a_quantised_cache_are_recorded_as_they_wer
         assert gap < 0.02 * np.linalg.norm(given)
 
 
-@pytest.mark.parametrize("name", ["oldest_key_masked", "kv_exchanged", "stale_row"])
-def test_a_fault_behind_turned_heads_is_named(folder, tmp_path, name):
-    engine = opened(folder, "q4_k", "q8_0", "on")
+def assert_told(engine, tmp_path, name):
+    """A planted fault is found at its tap, and named with its parameters."""
     result = judged(engine, [prompt(16)], tmp_path, fault=name)
     engine.close()
     first, expected = result.first_failure, result.expected
@@ -241,6 +240,11 @@ def test_a_fault_behind_turned_heads_is_named(folder, tmp_path, name):
     assert (first.layer, first.tensor) == (expected.layer, expected.tensor)
     assert first.diagnosis.cause == expected.cause
     assert agree(expected.cause, expected.parameters, first.diagnosis.parameters)
+
+
+@pytest.mark.parametrize("name", ["oldest_key_masked", "kv_exchanged", "stale_row"])
+def test_a_fault_behind_turned_heads_is_named(folder, tmp_path, name):
+    assert_told(opened(folder, "q4_k", "q8_0", "on"), tmp_path, name)
 
 
 @pytest.mark.parametrize(("name", "weights", "cache"), [
@@ -249,14 +253,7 @@ def test_a_fault_behind_turned_heads_is_named(folder, tmp_path, name):
 ])  # fmt: skip
 def test_a_fault_behind_coarse_casts_is_found_at_its_tap(folder, tmp_path, name, weights, cache):
     """A drift under the limit of what the casts round, told by the distances of a rotation or by V's rows."""
-    engine = opened(folder, weights, cache, "on")
-    result = judged(engine, [prompt(16)], tmp_path, fault=name)
-    engine.close()
-    first, expected = result.first_failure, result.expected
-    assert first is not None and expected is not None and first.diagnosis is not None
-    assert (first.layer, first.tensor) == (expected.layer, expected.tensor)
-    assert first.diagnosis.cause == expected.cause
-    assert agree(expected.cause, expected.parameters, first.diagnosis.parameters)
+    assert_told(opened(folder, weights, cache, "on"), tmp_path, name)
 
 
 def test_a_fault_leaves_no_trace_behind(engine, tmp_path):

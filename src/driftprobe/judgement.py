@@ -85,7 +85,7 @@ class Cell:
     reference: Record
     candidate: Record
     local: Local | None = None
-    """What the op's own rounding allows, where its inputs are bit for bit equal and the local test could be made."""
+    """The local test, where it could be made; its ground says what it stands on."""
     match: Match | None = None
     """The matched filter that found this tap, if one did."""
     unlike: float | None = None

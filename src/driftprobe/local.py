@@ -72,7 +72,8 @@ class Local:
     """What the local test says of one tap."""
 
     excess: float
-    """Root mean square, over the elements, of the difference in units of the op's own rounding error there."""
+    """How far the difference exceeds what its ground allows: in units of the op's own rounding, root mean square over
+    the elements or a quarter of the worst; of distances (rotation) and rows (values) their plain ratio."""
     inputs: tuple[str, ...]
     """The taps that the op reads: bit for bit equal on both sides, unless its ground says otherwise."""
     ground: Ground = Ground.INPUTS
