@@ -18,7 +18,7 @@ from driftprobe.fingerprint import DTYPES, Array, fields_and_rows
 from driftprobe.lines import Extra, LineMaker
 from driftprobe.plan import Phase, Read
 from driftprobe.taps import CACHE_TAPS
-from driftprobe.trace import Record, Top, line_of
+from driftprobe.trace import CONSTANTS, Record, Top, line_of
 
 pytestmark = pytest.mark.skipif(not lines.BUILT, reason="the core is not built here, or has no integers of 128 bits")
 READ = Read("D", Phase.DECODE, 3, 2)
@@ -86,6 +86,8 @@ def test_what_has_something_wrong_with_it_is_left_to_those_who_say_what() -> Non
     assert not maker.takes(tapped(array, "logits"))  # of a layer
     assert not maker.takes(tapped(array)._replace(row_start=-1))
     assert not maker.takes(tapped(array)._replace(read=replace(READ, arm="")))
+    assert not maker.takes(tapped(array)._replace(read=replace(READ, arm=CONSTANTS)))  # those have a phase of their own
+    assert not maker.takes(tapped(array, layer=-1))
 
 
 def test_a_dtype_that_the_format_lacks_is_refused_as_ever() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import msgspec
 
@@ -15,8 +16,8 @@ from driftprobe.engines.base import Tapped
 from driftprobe.fingerprint import dtype_name, for_core
 from driftprobe.plan import Read
 from driftprobe.taps import CACHE_TAPS
-from driftprobe.trace import Line, Record, Top, faults_of
-from driftprobe.trace_checks import Fault
+from driftprobe.trace import Line, Record, Top
+from driftprobe.trace_checks import CONSTANT_ARM, Fault, record_faults
 
 try:
     from driftprobe import _core as core
@@ -56,20 +57,19 @@ class LineMaker:
         self.prompt, self.tokens, self.sketch_size = prompt, tokens, sketch_size
         self._heads: dict[str, dict[_Place, bytes]] = {}
         self._ends: dict[tuple[int, str], bytes] = {}
-        self._sound: set[_Place] = set()
-        """Places with whose records nothing is wrong by themselves; what is measured there, the core warrants."""
         self._read: Read | None = None
         self._text: _Text | None = None
 
     def takes(self, item: Tapped) -> bool:
-        """Whether this item's line can be made here: the core is built, and nothing is wrong with its place."""
-        if item.read is self._read and (item.layer, item.tensor) in self._sound and item.row_start >= 0:
-            return True
-        sound = BUILT and not faults_of(self._sample(item), None)
-        if sound:
+        """Whether this item's line can be made here: the core is built, and nothing is wrong with where it stands.
+
+        What is measured there, the core warrants.
+        """
+        if item.read is not self._read:
+            if not BUILT or item.read.arm == CONSTANT_ARM or record_faults(self._sample(item)):
+                return False
             self._turn_to(item.read)
-            self._sound.add((item.layer, item.tensor))
-        return sound
+        return item.row_start >= 0 and _sound(item.layer, item.tensor)
 
     def _turn_to(self, read: Read) -> None:
         if read is not self._read:
@@ -121,6 +121,12 @@ class LineMaker:
         if found is None:
             found = self._ends[key] = _end_of(item, extra)
         return found
+
+
+@lru_cache(maxsize=1 << 14)
+def _sound(layer: int | None, tensor: str) -> bool:
+    """Whether nothing is wrong with a place, whatever the read."""
+    return not record_faults(Record(prompt="p", phase="p", layer=layer, tensor=tensor, hash="0x", arm="a"))
 
 
 _SOUND: list[Fault] = []

@@ -56,6 +56,10 @@ class Listener(Protocol):
         """Whether this layer is listened to now."""
         ...
 
+    def reach(self, layer: int) -> tuple[int | None, int | None]:
+        """Return the window and the chunk that a layer declares, in tokens; None where it has none."""
+        ...
+
     def watching(self) -> AbstractContextManager[object]:
         """Return what keeps the operands of an attention function's own softmax, where they are wanted."""
         ...
@@ -269,13 +273,13 @@ def _listening(function: Callable[..., Any], listener: Listener, indices: dict[i
         result = output[0] if isinstance(output, tuple) else output
         weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         scale = kw.get("scaling")
-        window = kw["sliding_window"] if "sliding_window" in kw else sliding_window(module, layer)
+        window = _tokens(kw["sliding_window"]) if "sliding_window" in kw else listener.reach(layer)[0]
         call = AttentionCall(
             query, key, value, attention_mask, float(scale) if scale is not None else query.shape[-1] ** -0.5,
             softcap=kw.get("softcap"), sinks_H=kw.get("s_aux"),
             seen=_fitting(listener.ops.seen, query, key, weights), output_BTHD=result,
         )  # fmt: skip
-        listener.attention(layer, call, _tokens(window))
+        listener.attention(layer, call, window)
         return output
 
     return attention

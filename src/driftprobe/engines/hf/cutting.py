@@ -5,48 +5,42 @@ Axes: H query heads, G key/value heads, S columns, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from driftprobe.engines.hf.anatomy import Anatomy
-from driftprobe.engines.hf.attention import attention_chunk, sliding_window
 from driftprobe.engines.hf.heard import Heard, Learned
 
 Tensor = torch.Tensor
 Span = tuple[int, int, int]
 """Columns [low, high), and the position of the first."""
+Reach = tuple["int | None", "int | None"]
+"""A layer's window and chunk in tokens; None where it has none."""
 
 
-def cut(heard: Heard, layers: Sequence[int], anatomy: Anatomy, learned: Learned) -> None:
+def cut(
+    heard: Heard, layers: Sequence[int], declared: Callable[[int], Reach], learned: Learned, *, rotary: bool
+) -> None:
     """Make the taps of scores and cache rows of some layers from what was heard of them.
 
-    A device is waited for once, whatever the number of layers.
+    `declared` tells a layer's window and chunk, `rotary` whether keys are turned. A device is waited for once, whatever
+    the number of layers.
     """
     heard.cut.update(layers)
     ends = _ends_of_weight(probs for layer in layers for _, probs in heard.scored.get(layer, ()))
     for layer in layers:
-        reach = _reach(heard, layer, anatomy)
+        window, chunk = declared(layer)
+        reach = heard.windows.get(layer, window), chunk
         seen = _cut_scores(heard, layer, reach, ends)
         if layer in heard.cache:
-            _cut_rows(heard, layer, anatomy, learned, reach, seen)
+            _cut_rows(heard, layer, learned, reach, seen, rotary)
 
 
-_Reach = tuple[int | None, int | None]
-
-
-def _reach(heard: Heard, layer: int, anatomy: Anatomy) -> _Reach:
-    """Return a layer's window and chunk in tokens; None where it has none."""
-    attention = anatomy.layers[layer].attention
-    window = heard.windows[layer] if layer in heard.windows else sliding_window(attention, layer)
-    return window, attention_chunk(attention, layer)
-
-
-def _spans(heard: Heard, stored: int, reach: _Reach) -> list[Span]:
+def _spans(heard: Heard, stored: int, reach: Reach) -> list[Span]:
     return [heard.visible(row, stored, *reach) for row in heard.wanted]
 
 
-def _cut_scores(heard: Heard, layer: int, reach: _Reach, ends: Iterator[tuple[int, int]]) -> tuple[int, list[Span]]:
+def _cut_scores(heard: Heard, layer: int, reach: Reach, ends: Iterator[tuple[int, int]]) -> tuple[int, list[Span]]:
     """Return how many columns the scores are over, and the span of each wanted row; (0, []) without scores."""
     pairs = heard.scored.get(layer)
     if not pairs:
@@ -61,7 +55,7 @@ def _cut_scores(heard: Heard, layer: int, reach: _Reach, ends: Iterator[tuple[in
 
 
 def _cut_rows(
-    heard: Heard, layer: int, anatomy: Anatomy, learned: Learned, reach: _Reach, seen: tuple[int, list[Span]]
+    heard: Heard, layer: int, learned: Learned, reach: Reach, seen: tuple[int, list[Span]], rotary: bool
 ) -> None:
     cached = heard.cache[layer]
     rows = heard.given.get(layer, cached) if layer in learned.expanded else cached
@@ -72,7 +66,7 @@ def _cut_rows(
         for name, kept in (("_key", rows.keys_GSD), ("_value", rows.values_GSD)):
             heard.taps[(layer, name)] = [kept[:, at : at + 1].transpose(0, 1) for at in newest]
             heard.lent.pop((layer, name), None)
-    if anatomy.rotary:
+    if rotary:
         heard.taps[(layer, "k_rope")] = heard.taps[(layer, "_key")]
         if (layer, "_key") in heard.lent:
             heard.lent[(layer, "k_rope")] = heard.lent[(layer, "_key")]

@@ -254,14 +254,21 @@ class HFEngine:
         `beside` puts another sequence into the batch.
         """
         wanted = tuple(read.position - call.start for read in call.reads)
-        heard = Heard(wanted, call.start, call.stop - call.start, 1 + beside, past=cache, lends=lends)
+        heard = Heard(
+            wanted,
+            call.start,
+            call.stop - call.start,
+            1 + beside,
+            past=cache,
+            lends=lends and call.stop - call.start == 1,
+        )
         if shared and not self._planted:
             heard.shares = partial(appends, cache)
         out = HandOut(heard, call.reads, self._ahead, transfer_for(self.model.device))
         heard.layer_done = out.layer if out.ahead is not None else None
         with spy.listening(heard), rows_heard(self.model, cache, spy, heard):
             output = self._forward(token_ids[call.start : call.stop], call.start, cache, beside=beside)
-            spy.take(None, "logits", output.logits)
+            spy.take((None, "logits"), output.logits)
         spy.finish(heard)
         return out
 

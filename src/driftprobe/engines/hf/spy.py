@@ -18,6 +18,7 @@ from driftprobe.engines.hf.attention import (
     AttentionCall,
     AttentionOps,
     attention_calls,
+    attention_chunk,
     columns,
     scores_of,
     shifted,
@@ -50,6 +51,8 @@ class Spy:
         self._watches_all = trial or bool(inside if layers is None else inside & layers)
         """Whether every op of a call is watched: some layer computes attention inside its module."""
         self._inside: int | None = None
+        self._reach: dict[int, tuple[int | None, int | None]] = {}
+        """Layer -> the window and chunk that its configuration declares, which is slow to ask."""
         self._handed_out: dict[int, Rows] = {}
         """Trial: what the cache handed out, not copied."""
         self._fired: dict[Place, tuple[Tensor, Tensor, int]] = {}
@@ -130,6 +133,14 @@ class Spy:
         for name, child in layer.module.named_children():
             yield child, self._output(layer.index, f"_child_{name}"), False
 
+    def reach(self, layer: int) -> tuple[int | None, int | None]:
+        """Return the window and the chunk that a layer declares, in tokens; None where it has none."""
+        found = self._reach.get(layer)
+        if found is None:
+            attention = self.anatomy.layers[layer].attention
+            found = self._reach[layer] = sliding_window(attention, layer), attention_chunk(attention, layer)
+        return found
+
     def hears(self, layer: int) -> bool:
         """Whether this layer's taps are wanted now."""
         return self.heard is not None and bool(self.heard.wanted) and (self.layers is None or layer in self.layers)
@@ -141,17 +152,21 @@ class Spy:
         return hook
 
     def _input(self, layer: int | None, tensor: str, count: int = 0) -> Callable[..., None]:
+        place = (layer, tensor)
+
         def hook(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             value = args[0] if args else kwargs.get("hidden_states")
             if tensor == "_attention_in" and self.hears(layer or 0):
                 self.ops.clear()
-            self.take(layer, tensor, value, count)
+            self.take(place, value, count)
 
         return hook
 
     def _output(self, layer: int | None, tensor: str, count: int = 0) -> Callable[..., None]:
+        place = (layer, tensor)
+
         def hook(_module: object, _args: object, _kwargs: object, output: Any) -> None:
-            self.take(layer, tensor, output[0] if isinstance(output, tuple) else output, count)
+            self.take(place, output[0] if isinstance(output, tuple) else output, count)
 
         return hook
 
@@ -164,7 +179,7 @@ class Spy:
                 self.heard.projected[layer] = output
             parts = split(self.learned.layouts.get(layer, ""), output, self.anatomy.heads, self.anatomy.kv_heads)
             for tensor, part in parts.items():
-                self.take(layer, tensor, part)
+                self.take((layer, tensor), part)
 
         return hook
 
@@ -178,7 +193,7 @@ class Spy:
             for tensor, which in self.learned.router_outputs.get(layer, {}).items():
                 value = output[which] if isinstance(output, tuple) else output
                 # which experts, not the order in which top-k names them
-                self.take(layer, tensor, value.sort(dim=-1).values if tensor == "expert_ids" else value)
+                self.take((layer, tensor), value.sort(dim=-1).values if tensor == "expert_ids" else value)
 
         return hook
 
@@ -189,7 +204,7 @@ class Spy:
                 return
             call = self.ops.call()
             if call is not None:
-                self.attention(layer, call, sliding_window(self.anatomy.layers[layer].attention, layer))
+                self.attention(layer, call, self.reach(layer)[0])
 
         return hook
 
@@ -198,7 +213,7 @@ class Spy:
             heard = self.heard
             if heard is None:
                 return
-            self.take(layer, "mixer_out", output[0] if isinstance(output, tuple) else output)
+            self.take((layer, "mixer_out"), output[0] if isinstance(output, tuple) else output)
             heard.states[layer] = states = stored_states(heard.past, layer).copy()
             if self.hears(layer) and heard.wanted == (heard.tokens - 1,):
                 for tensor, several in (("conv_state", states.conv), ("ssm_state", states.recurrent)):
@@ -207,7 +222,7 @@ class Spy:
 
         return hook
 
-    def take(self, layer: int | None, tensor: str, value: object, count: int = 0) -> None:
+    def take(self, place: Place, value: object, count: int = 0) -> None:
         """Copy the wanted rows of a `[B, T, …]`, `[B, H, T, D]` or `[T, …]` tensor; `count` heads have their own axis.
 
         A module shared by several layers tells of the layer that is running.
@@ -215,38 +230,41 @@ class Spy:
         heard = self.heard
         if heard is None or not heard.wanted or not isinstance(value, Tensor):
             return
-        if layer is not None and layer != self._inside:
+        if place[0] is not None and place[0] != self._inside:
             return
-        value = heard.own(value)
-        if heard.lends and self._lend((layer, tensor), value, count):
-            return
+        if heard.batch > 1:
+            value = heard.own(value)
+        if not (heard.lends and self._lend(heard, place, value, count)):
+            self._copy(heard, place, value, count)
+
+    def _lend(self, heard: Heard, place: Place, value: Tensor, count: int) -> bool:
+        """Keep a tensor `[1, 1, …]` of a one-token call as it is, with no op at all, where that is allowed."""
+        shape, learned = value.shape, self.learned
+        if len(shape) < 3 or shape[0] != 1 or shape[1] != 1:
+            return False
+        if place in learned.spent or place in learned.head_first or value.is_inference():
+            return False
+        heard.lent[place] = value._version, count if len(shape) == 3 and count and shape[2] % count == 0 else 0
+        heard.taps[place] = [value]
+        return True
+
+    def _copy(self, heard: Heard, place: Place, value: Tensor, count: int) -> None:
         if self.trial:
             version = 0 if value.is_inference() else value._version
-            self._fired[(layer, tensor)] = value, value.detach().clone(), version
-        heard.lent.pop((layer, tensor), None)
-        plain = value.dim() == 3 and not self.trial and (layer, tensor) not in self.learned.head_first
+            self._fired[place] = value, value.detach().clone(), version
+        heard.lent.pop(place, None)
+        plain = value.dim() == 3 and not self.trial and place not in self.learned.head_first
         if plain and value.shape[0] == 1 and value.shape[1] == heard.tokens:  # nearly all, and with fewer ops
             shape = (1, count, -1) if count and value.shape[2] % count == 0 else (1, -1)
-            heard.taps[(layer, tensor)] = [value.narrow_copy(1, row, 1).view(shape) for row in heard.wanted]
+            heard.taps[place] = [value.narrow_copy(1, row, 1).view(shape) for row in heard.wanted]
             return
-        rows = self._token_rows((layer, tensor), value, heard.tokens)
+        rows = self._token_rows(place, value, heard.tokens)
         if rows is None:
             return
         if count and rows.dim() == 2 and rows.shape[1] % count == 0:
             rows = rows.view(rows.shape[0], count, -1) if rows.is_contiguous() else rows.reshape(len(rows), count, -1)
         rows = rows.detach() if rows.requires_grad else rows
-        heard.taps[(layer, tensor)] = [rows.narrow_copy(0, row, 1) for row in heard.wanted]
-
-    def _lend(self, place: Place, value: Tensor, count: int) -> bool:
-        """Keep a tensor `[1, 1, …]` of a one-token call as it is, with no op at all, where that is allowed."""
-        heard, shape = self.heard, value.shape
-        if heard is None or heard.tokens != 1 or len(shape) < 3 or shape[0] != 1 or shape[1] != 1:
-            return False
-        if place in self.learned.spent or place in self.learned.head_first or value.is_inference():
-            return False
-        heard.lent[place] = value._version, count if len(shape) == 3 and count and shape[2] % count == 0 else 0
-        heard.taps[place] = [value]
-        return True
+        heard.taps[place] = [rows.narrow_copy(0, row, 1) for row in heard.wanted]
 
     def _token_rows(self, place: Place, value: Tensor, tokens: int) -> Tensor | None:
         """Return a tensor as `[T, …]`, or None where it has no token axis."""
@@ -273,21 +291,27 @@ class Spy:
         if self.trial:
             self._handed_out[layer] = Rows.of(keys_BGSD, values_BGSD, shared=True)
         if self.hears(layer):
-            self.take(layer, "_value", new_value_BGTD.transpose(1, 2))
-            self.take(layer, "_key", new_key_BGTD.transpose(1, 2))
+            self.take((layer, "_value"), new_value_BGTD.transpose(1, 2))
+            self.take((layer, "_key"), new_key_BGTD.transpose(1, 2))
 
     def finish(self, heard: Heard) -> None:
         """Cut what is not cut yet to what each wanted row can see, once the call is over."""
         self.learned.rewritten |= {layer for layer, rows in self._handed_out.items() if not rows.as_heard()}
         self.learned.spent |= {place for place, fired in self._fired.items() if _spent(*fired)}
         self._fired.clear()
-        cut(heard, sorted({*heard.cache, *heard.scored} - heard.cut), self.anatomy, self.learned)
+        cut(
+            heard,
+            sorted({*heard.cache, *heard.scored} - heard.cut),
+            self.reach,
+            self.learned,
+            rotary=self.anatomy.rotary,
+        )
 
     def _layer_done(self, layer: int) -> Callable[..., None]:
         def hook(_module: object, _args: object, _kwargs: object, _output: object) -> None:
             heard = self.heard
             if heard is not None and heard.layer_done is not None and self.hears(layer) and self._inside == layer:
-                cut(heard, [layer], self.anatomy, self.learned)
+                cut(heard, [layer], self.reach, self.learned, rotary=self.anatomy.rotary)
                 heard.layer_done(layer)
 
         return hook
@@ -305,10 +329,10 @@ class Spy:
             if call.softcap:
                 self.learned.softcaps[layer] = float(call.softcap)
         if self.anatomy.rotary and call.query_BHTD is not None:
-            self.take(layer, "q_rope", call.query_BHTD.transpose(1, 2))
+            self.take((layer, "q_rope"), call.query_BHTD.transpose(1, 2))
             heard.unnamed |= set() if call.named else {(layer, "q_rope")}
         if self.trial and call.output_BTHD is not None:
-            self.take(layer, "_attention_out", call.output_BTHD, self.anatomy.heads)
+            self.take((layer, "_attention_out"), call.output_BTHD, self.anatomy.heads)
         expanded = self.trial or layer in self.learned.expanded
         if expanded and call.key_BGSD is not None and call.value_BGSD is not None:
             heard.given[layer] = Rows(call.key_BGSD[0].detach().clone(), call.value_BGSD[0].detach().clone())
