@@ -25,7 +25,7 @@ LADDER = (
     {"taps", "causes"},
     {"faults"},
     {"fingerprint"},
-    {"trace_checks"},
+    {"trace_checks", "written"},
     {"trace"},
     {"plan", "payload", "boundaries", "columns"},
     {"compare", "scan", "seal"},

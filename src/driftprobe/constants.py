@@ -6,11 +6,11 @@ Small ones are always there; the matrices of an op are large, and are added once
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from driftprobe.engines.base import Constant
-from driftprobe.fingerprint import Array, fingerprint
+from driftprobe.fingerprint import Array, fields_and_rows
 from driftprobe.payload import Payloads, payload_file, write_payloads
 from driftprobe.trace import CONSTANTS, Header, Record, Trace, TraceWriter
 from driftprobe.trace_checks import CONSTANT_PHASE
@@ -21,13 +21,9 @@ BUDGET = 256 * 1024 * 1024
 
 def constant_record(constant: Constant, header: Header, trace: str) -> Record:
     """Return the record of a constant; `trace` is the trace file's name without its ending."""
+    found, _ = fields_and_rows(constant.array, header.sketch_size, rows=False)
     record = Record(
-        prompt=header.prompt,
-        phase=CONSTANT_PHASE,
-        layer=constant.layer,
-        tensor=constant.name,
-        arm=CONSTANTS,
-        **asdict(fingerprint(constant.array, header.sketch_size)),
+        prompt=header.prompt, phase=CONSTANT_PHASE, layer=constant.layer, tensor=constant.name, arm=CONSTANTS, **found
     )
     return replace(record, payload=f"{payload_file(trace, CONSTANTS)}#{tensor_name(record)}")
 

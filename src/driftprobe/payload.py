@@ -55,6 +55,8 @@ class Payloads:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, dict[str, Array]] = {}
+        self._checked: dict[tuple[object, ...], Array] = {}
+        """Reference, hash, dtype and shape of a record -> its tensor, which is the one that they describe."""
 
     def is_missing(self, record: Record) -> bool:
         """Whether a record names a payload file that is not there."""
@@ -69,7 +71,12 @@ class Payloads:
         """
         if record.payload is None:
             return None
-        file, _, name = record.payload.partition("#")
+        described = (record.payload, record.hash, record.dtype, record.shape)
+        if described not in self._checked:
+            self._checked[described] = self._described(record, *record.payload.split("#", 1))
+        return self._checked[described]
+
+    def _described(self, record: Record, file: str, name: str = "") -> Array:
         if file not in self._files:
             self._files[file] = self._open(file)
         array = self._files[file].get(name)

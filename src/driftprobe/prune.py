@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import msgspec
 
 from driftprobe.fingerprint import Array
 from driftprobe.judgement import Cell, Failure, Status, TraceJudgement
 from driftprobe.local import Ground
 from driftprobe.payload import Payloads, write_payloads
 from driftprobe.taps import BY_NAME, CACHE_TAPS, linear_taps
-from driftprobe.trace import CONSTANTS, Record, Trace, TraceWriter
+from driftprobe.trace import CONSTANTS, Line, Record, Trace, TraceWriter, encode_line, lines
 
 _Where = tuple[int, int | None, str]
 
@@ -47,12 +49,26 @@ def prune_payloads(trace: Trace, judged: TraceJudgement, folder: Path) -> Trace:
         write_payloads(folder / file, keep[file]) if file in keep else (folder / file).unlink()
     partial = folder / f".{trace.path}.part"
     with TraceWriter(partial, trace.header) as writer:
-        for record in records:
-            writer.record(record)
+        writer.group(_kept_lines(folder / trace.path, trace.records, records))
         for event in trace.events:
             writer.event(event)
     partial.replace(folder / trace.path)
     return replace(trace, records=tuple(records))
+
+
+def _kept_lines(path: Path, old: Sequence[Record], new: Sequence[Record]) -> Iterator[Line]:
+    """Yield the lines of a trace's records as they stand in its file, less the payloads that go; they were read there.
+
+    Where a line does not end in its payload's reference, as our writers put it, it is written anew.
+    """
+    raws = (raw for _, raw in lines(path) if raw is not None and raw.startswith(b'{"type":"record"'))
+    for raw, before, after in zip(raws, old, new, strict=True):
+        if after.payload == before.payload:
+            yield Line(raw, after.prompt, after.key, [])
+            continue
+        reference = b',"payload":' + msgspec.json.encode(before.payload) + b"}\n"
+        short = raw.removesuffix(reference) + b"}\n" if raw.endswith(reference) else encode_line("record", after)
+        yield Line(short, after.prompt, after.key, [])
 
 
 _BESIDE = {Ground.PRODUCT, Ground.ROTATION, Ground.VALUES}

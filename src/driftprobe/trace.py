@@ -17,6 +17,7 @@ import msgspec
 from driftprobe.errors import OutputError, TraceError
 from driftprobe.fingerprint import SKETCH_SIZE
 from driftprobe.trace_checks import CONSTANT_ARM, Fault, header_faults, json_object, record_faults
+from driftprobe.written import reader_of
 
 SCHEMA = "driftprobe/trace/1"
 CONSTANTS = CONSTANT_ARM
@@ -381,6 +382,8 @@ class Scan:
         return Trace(header, records, events, name, self.damage)
 
 
+_as_written = reader_of(Record, "record")
+
 Lines = Iterable[tuple[int, "bytes | None"]]
 """Lines with their numbers, as `lines` yields them."""
 
@@ -458,6 +461,9 @@ class Checks:
         return Problem(self.name, line, what, measured[:200], allowed, mend)
 
     def parse(self, number: int, raw: bytes) -> Item | Problem:
+        record = _as_written(raw)
+        if record is not None:
+            return record
         try:
             body = json_object(raw)
         except ValueError as error:

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from driftprobe.fingerprint import DTYPES, SKETCH_BLOCK, SKETCH_SIZE
@@ -191,17 +192,20 @@ _MOMENTS = ("abs_sum", "min", "max", "mean", "l2")
 _COUNTS = ("step", "layer", "logical_tok_idx", "nz_count", "abs_sum", "l2", "nan_count", "inf_count", "row_start",
            "order")  # fmt: skip
 """Fields that are never negative."""
+_moments_of, _counts_of = attrgetter(*_MOMENTS), attrgetter(*_COUNTS)
 
 
 def statistic_faults(record: Record) -> list[Fault]:
     """Return the statistics of a record that no tensor can have (M9, M17)."""
     found = []
-    numbers = [v for name in _MOMENTS if (v := getattr(record, name)) is not None]
-    if not all(map(math.isfinite, [*numbers, *(record.sketch or ())])):
+    numbers = [value for value in _moments_of(record) if value is not None]
+    if not (math.isfinite(sum(numbers)) and math.isfinite(sum(record.sketch or ()))) and not all(
+        map(math.isfinite, [*numbers, *(record.sketch or ())])  # large finite numbers may have no finite sum
+    ):
         found.append(("NaN or infinity in a statistic", f"{_MOMENTS} {numbers}, or the sketch", "finite numbers",
                       "run it over the finite elements, and count the others"))  # fmt: skip
-    negative = [name for name in _COUNTS if (getattr(record, name) or 0) < 0]
-    if negative:
+    if any(value is not None and value < 0 for value in _counts_of(record)):
+        negative = [name for name in _COUNTS if (getattr(record, name) or 0) < 0]
         found.append(("negative statistic", ", ".join(f"{n} {getattr(record, n)}" for n in negative), "0 or more",
                       "compute it as docs/trace-format.md says"))  # fmt: skip
     if record.min is not None and record.max is not None and record.min > record.max:
