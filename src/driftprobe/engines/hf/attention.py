@@ -157,14 +157,11 @@ def shifted(call: AttentionCall) -> bool:
 def _recompute(
     call: AttentionCall, query_BHTD: Tensor, key_BGSD: Tensor, row: int, low: int, high: int
 ) -> tuple[Tensor, Tensor]:
-    """Recompute in float32, or in the model's own wider dtype."""
+    """Recompute in float32, or in the model's own wider dtype; R query heads share a key head."""
     wide = torch.promote_types(query_BHTD.dtype, torch.float32)
-    query_HD = query_BHTD[0, :, row].to(wide)
-    repeat = query_HD.shape[0] // key_BGSD.shape[1]
-    key_HSD = key_BGSD[0, :, low:high].to(wide)
-    if repeat > 1:
-        key_HSD = key_HSD.repeat_interleave(repeat, dim=0)
-    scores_HS = torch.einsum("hd,hsd->hs", query_HD, key_HSD) * call.scale
+    key_GSD = key_BGSD[0, :, low:high].to(wide)
+    query_GRD = query_BHTD[0, :, row].to(wide).reshape(len(key_GSD), -1, key_GSD.shape[-1])
+    scores_HS = torch.bmm(query_GRD, key_GSD.transpose(1, 2)).view(-1, key_GSD.shape[1]) * call.scale
     if call.softcap:
         scores_HS = torch.tanh(scores_HS / call.softcap) * call.softcap
     if call.mask is not None:
@@ -173,9 +170,9 @@ def _recompute(
             scores_HS = scores_HS.masked_fill(~mask_HS, -torch.inf)
         else:
             scores_HS = scores_HS + mask_HS
+        scores_HS = masked_to_infinity(scores_HS)
     elif query_BHTD.shape[2] > 1:  # a kernel that is given no mask hides later keys itself, counted from the first one
         scores_HS[:, max(row + 1 - low, 0) :] = -torch.inf
-    scores_HS = masked_to_infinity(scores_HS)
     if call.sinks_H is None:
         return scores_HS, torch.softmax(scores_HS, dim=-1)
     with_sinks = torch.cat([scores_HS, call.sinks_H.to(wide).reshape(-1, 1)], dim=-1)

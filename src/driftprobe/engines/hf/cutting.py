@@ -49,7 +49,7 @@ def _cut_scores(heard: Heard, layer: int, reach: Reach, ends: Iterator[tuple[int
     spans = [_widened(span, next(ends)) for span in _spans(heard, stored, reach)]
     for which, tensor in enumerate(("attn_scores", "attn_probs")):
         cuts = zip(pairs, spans, strict=True)
-        heard.taps[(layer, tensor)] = [pair[which][:, low:high].unsqueeze(0) for pair, (low, high, _) in cuts]
+        heard.taps[(layer, tensor)] = [_within(pair[which], low, high).unsqueeze(0) for pair, (low, high, _) in cuts]
         heard.row_start[(layer, tensor)] = [start for _, _, start in spans]
     return stored, spans
 
@@ -72,20 +72,33 @@ def _cut_rows(
             heard.lent[(layer, "k_rope")] = heard.lent[(layer, "_key")]
     spans = seen[1] if seen[0] == stored else spans
     for tensor, kept in (("k_cache", rows.keys_GSD), ("v_cache", rows.values_GSD)):
-        heard.taps[(layer, tensor)] = [_columns(kept, low, high).transpose(0, 1) for low, high, _ in spans]
+        heard.taps[(layer, tensor)] = [_within(kept, low, high).transpose(0, 1) for low, high, _ in spans]
         heard.row_start[(layer, tensor)] = [start for _, _, start in spans]
 
 
-def _columns(kept_GSD: Tensor, low: int, high: int) -> Tensor:
-    """Return rows [low, high), with no op where those are all."""
-    return kept_GSD if low == 0 and high == kept_GSD.shape[1] else kept_GSD[:, low:high]
+def _within(of_all: Tensor, low: int, high: int) -> Tensor:
+    """Return [low, high) of the second axis, with no op where that is all of it."""
+    return of_all if low == 0 and high == of_all.shape[1] else of_all[:, low:high]
 
 
 def _ends_of_weight(probs: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
     """Yield the first column that is given weight and the one behind the last, of each `[H, S]`; (S, 0) without any."""
+    given = [probs_HS > 0 for probs_HS in probs]
+    return ends_on_host(given) if all(weighty.is_cpu for weighty in given) else ends_on_device(given)
+
+
+def ends_on_host(given: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
+    """Yield the ends of what is true in any row of each bool `[H, S]`, by NumPy, whose calls are shorter."""
+    for weighty_HS in given:
+        at = weighty_HS.numpy().any(axis=0).nonzero()[0]
+        yield (int(at[0]), int(at[-1]) + 1) if at.size else (weighty_HS.shape[1], 0)
+
+
+def ends_on_device(given: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
+    """Yield the same, and wait for the device once."""
     found = []
-    for probs_HS in probs:
-        weighty = (probs_HS > 0).any(dim=0)
+    for weighty_HS in given:
+        weighty = weighty_HS.any(dim=0)
         column = torch.arange(len(weighty), device=weighty.device)
         found += [column.masked_fill(~weighty, len(weighty)).min(), (column + 1).masked_fill(~weighty, 0).max()]
     ends = iter(torch.stack(found).tolist() if found else ())
