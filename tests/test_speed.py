@@ -52,15 +52,24 @@ def found_in_one_part(ratio: float) -> dict[str, Any]:
 
 def test_the_page_tells_what_was_measured_and_what_was_not_and_the_reason_of_a_target_that_is_missed() -> None:
     page = render(found_in_one_part(1.01))
-    assert "| float32 decode, scores off | ≤ 1.12 | 1.01 | yes |" in page
+    assert "| float32 decode, scores off | ≤ 1.12 | 1.010 | yes |" in page
     assert "Not measured yet: `python -m benchmarks.speed --only scale`." in page
     assert "processor time" not in page
     slow = found_in_one_part(1.5)
-    assert "| float32 decode, scores off | ≤ 1.12 | 1.50 | no |" in render(slow)
+    assert "| float32 decode, scores off | ≤ 1.12 | 1.500 | no |" in render(slow)
     assert "its profile is not measured yet" in render(slow)
     shares = {"model": 40.0, "hooks": 2.5, "begun": 6.1, "written": 1.4}
     slow["breakdown"] = {**slow["capture"], "found": shares}
     assert "own thread, 2.5 ms" in render(slow)
+
+
+def test_ten_million_records_are_held_to_the_rate_of_one() -> None:
+    part = found_in_one_part(1.0)["capture"]
+    judged = [{"container": "JSONL", "records": 10**n, "wall": wall, "peak": 100.0 * n}
+              for n, wall in ((6, 1.0), (7, 14.0), (8, 999.0))]  # fmt: skip
+    page = render({"scale": {**part, "found": {"table": "", "figures": judged}}})
+    assert "| 10 M records, JSONL: rate ÷ that of 1 M | ≥ 0.8 | 0.714 | no |" in page
+    assert "| 10 M records, JSONL: MB at most | ≤ 700 | 700 | yes |" in page
 
 
 def test_a_part_that_is_measured_anew_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,4 +82,4 @@ def test_a_part_that_is_measured_anew_leaves_the_others(tmp_path: Path, monkeypa
     known = json.loads((tmp_path / "performance.json").read_text(encoding="utf-8"))
     assert known["capture"] == before["capture"]
     assert known["fingerprint"]["found"] == [row]
-    assert "| float32, 1 Mi | ≥ 0.3 | 0.90 | yes |" in (tmp_path / "performance.md").read_text(encoding="utf-8")
+    assert "| float32, 1 Mi | ≥ 0.3 | 0.900 | yes |" in (tmp_path / "performance.md").read_text(encoding="utf-8")

@@ -36,7 +36,19 @@ DTYPES_TRACED = ("float32", "bfloat16")
 SIZES = (1 << 20, 1 << 26)
 ANALYSIS = ("--records", "1000000", "--kind", "lean", "--rounds", "3")
 """What benchmarks/analysis_scale.py is asked for by the part `analysis`."""
-SCALE = ("--records", "10000000", "16000000", "--kind", "lean", "--rounds", "1", "--layers", "126", "--jsonl-only")
+SCALE = (
+    "--records",
+    "1000000",
+    "10000000",
+    "16000000",
+    "--kind",
+    "lean",
+    "--rounds",
+    "1",
+    "--layers",
+    "126",
+    "--jsonl-only",
+)
 """And by the part `scale` (`make bench-scale`): ten times as many; one trace is 126 layers x 20 taps x 64 steps."""
 LAST = ("scale", "long")
 """Parts that take longest, and are run only when they are asked for."""
