@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -14,24 +14,24 @@ from driftprobe.background import Background
 def test_what_was_begun_first_is_written_in_the_order_in_which_it_was_put() -> None:
     written: list[int] = []
     with Background(squares, written.extend) as work:
-        early, whole = work.begin(lambda: [7, 8, 9], 3, 24), work.begin(lambda: [5, 6], 2, 16)
+        early, whole = work.begin([7, 8, 9], 24), work.begin([5, 6], 16)
         for item in (1, early.one(2), 2, 3, early.one(0), whole):
             work.put(item)
     assert written == [1, 81, 4, 9, 49, 25, 36]  # 8 was begun and never put
 
 
-def squares(numbers: Sequence[int]) -> list[int]:
-    return [n * n for n in numbers]
+def squares(numbers: Sequence[int]) -> Callable[[], list[int]]:
+    return lambda: [n * n for n in numbers]
 
 
-def inverses(numbers: Sequence[int]) -> list[int]:
-    return [1 // n for n in numbers]
+def inverses(numbers: Sequence[int]) -> Callable[[], list[int]]:
+    return lambda: [1 // n for n in numbers]
 
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_what_goes_wrong_in_the_thread_is_raised_where_the_run_goes_on(begun: bool) -> None:
     with pytest.raises(ZeroDivisionError), Background(inverses, lambda _: None) as work:
-        work.put(work.begin(lambda: [0], 1, 8) if begun else 0)
+        work.put(work.begin([0], 8) if begun else 0)
         work.drain()
         pytest.fail("drain went on")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +41,7 @@ def slow(item: Tapped, extra: Extra, size: int) -> bytes:
 def fast(item: Tapped, extra: Extra, size: int) -> bytes:
     maker = LineMaker('p"é', TOKENS, size)
     assert maker.takes(item)
-    return maker.lines([item], [extra])[0].raw
+    return maker.lines([item], [extra])()[0].raw
 
 
 def tapped(array: Array, tensor: str = "x_out", layer: int | None = 4) -> Tapped:
@@ -94,7 +96,7 @@ def test_a_dtype_that_the_format_lacks_is_refused_as_ever() -> None:
     maker, item = LineMaker("p", TOKENS, 8), tapped(np.ones((1, 3), dtype=np.complex128))
     assert maker.takes(item)
     with pytest.raises(KeyError):
-        maker.lines([item], [lines.NOTHING])
+        maker.lines([item], [lines.NOTHING])()
 
 
 def test_many_steps_do_not_fill_memory_with_text() -> None:
@@ -102,7 +104,7 @@ def test_many_steps_do_not_fill_memory_with_text() -> None:
     for step in range(500):
         item = Tapped(Read("D", Phase.DECODE, step, step), 0, "x_out", array, step)
         assert maker.takes(item)
-        maker.lines([item], [lines.NOTHING])
+        maker.lines([item], [lines.NOTHING])()
     assert len(maker._heads) <= 65
 
 
@@ -117,3 +119,24 @@ def test_a_trace_is_the_same_with_and_without_the_cores_lines(tmp_path: Path, mo
     monkeypatch.setattr(lines, "BUILT", False)
     captured(subject, tmp_path / "slow")
     assert everything(tmp_path / "fast") == everything(tmp_path / "slow")
+
+
+def test_two_threads_may_ask_for_lines_of_two_reads() -> None:
+    """The model's thread prepares what is begun ahead, the writer's the rest."""
+    maker, items = LineMaker("p", tuple(range(1000)), 8), [tapped(np.ones((1, 3)) * n) for n in range(2)]
+    reads = [Read("D", Phase.DECODE, 3, 2), Read("P", Phase.PREFILL_LAST, 3, 7)]
+    items = [item._replace(read=read) for item, read in zip(items, reads, strict=True)]
+    alone = [maker.lines([item], [lines.NOTHING])()[0] for item in items]
+
+    def ask(which: int) -> set[tuple[bytes, object]]:
+        made = (maker.lines([items[which]] * 60, [lines.NOTHING] * 60)() for _ in range(300))
+        return {(line.raw, line.key) for several in made for line in several}
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(ask, range(2)))
+    finally:
+        sys.setswitchinterval(before)
+    assert found == [{(line.raw, line.key)} for line in alone]

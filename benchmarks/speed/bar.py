@@ -65,7 +65,7 @@ _SCORES = f"{_DECODE} Scores are a second product of query and keys, which a fus
 _THREADS = "two threads share the memory's bandwidth; one tensor is not split over threads at all."
 _RUN = (
     "a run makes every arm's calls (prefills, decode steps, controls, the float64 rung), once for both modes; the bare "
-    "script makes two; `--ladder off` beside it shows what the rung takes."
+    "script makes two. What the arms took of it stands in the table, `--ladder off` beside shows what the rung takes."
 )
 _ANALYSIS = "the rate counts start and imports; the rest is scanning, SHA-256, and turning rows into columns."
 _PARQUET = "the rate counts start and imports, polars' among them; the digest of all columns is taken of every file."

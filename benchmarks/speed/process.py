@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -40,8 +41,11 @@ def seconds_of(command: Sequence[str], *, allowed: tuple[int, ...] = (0,)) -> fl
     return took
 
 
-def runs(repetitions: int, *, large: bool = True) -> dict[str, Ratio]:
-    """Return model → whole run ÷ bare script, with a run without the float64 rung beside it."""
+def runs(repetitions: int, *, large: bool = True) -> dict[str, dict[str, object]]:
+    """Return model → whole run ÷ bare script, with a run without the float64 rung beside it.
+
+    Beside each ratio stand `arms_seconds`, what the arms of its last run took by its own logs, and how many `arms`.
+    """
     with tempfile.TemporaryDirectory() as name:
         place, found = Path(name), {}
         models = {"builtin:tiny": BUILTIN["builtin:tiny"]}
@@ -52,15 +56,35 @@ def runs(repetitions: int, *, large: bool = True) -> dict[str, Ratio]:
         prompts.write_text(json.dumps({f"n{n}": list(IDS[:n]) for n in LENGTHS}), encoding="utf-8")
         for label, folder in models.items():
             given = ("--model", label) if label in BUILTIN else ("--model", str(folder), "--prompt-file", str(prompts))
-            run = [*_command("run"), *given, "--out", str(place / "out"), "--quiet"]
+            run = [*_command("run"), *given, "--quiet"]
             ways = {label: run, f"{label}, --ladder off": [*run, "--ladder", "off"]}
             bare = [sys.executable, "-c", BARE, str(folder), str(LENGTHS[-1])]
-            found |= in_turn(
+            ratios = in_turn(
                 lambda bare=bare: seconds_of(bare),  # type: ignore[misc]
-                {way: lambda command=command: seconds_of(command) for way, command in ways.items()},  # type: ignore[misc]
+                {
+                    way: lambda command=[*run, "--out", str(place / way)]: seconds_of(command)
+                    for way, run in ways.items()
+                },  # type: ignore[misc]
                 repetitions,
             )
+            found |= {way: {**ratio.as_json(), **arms_of(place / way)} for way, ratio in ratios.items()}
         return found
+
+
+_TOLD = re.compile(r" *([0-9.]+) s  (arm|wrote) ")
+
+
+def arms_of(out: Path) -> dict[str, object]:
+    """Return how many arms a run captured, and the seconds that went into them, by its logs.
+
+    Those of kv_aligned have every arm: one that was run once for both modes stands in the logs of both.
+    """
+    arms, seconds = 0, 0.0
+    for log in out.rglob("*_kv_aligned*.log"):
+        told = [found for line in log.read_text(encoding="utf-8").splitlines() if (found := _TOLD.match(line))]
+        arms += sum(found[2] == "arm" for found in told)
+        seconds += max((float(found[1]) for found in told), default=0.0)
+    return {"arms": arms, "arms_seconds": round(seconds, 2)}
 
 
 def starts(repetitions: int) -> dict[str, Ratio]:

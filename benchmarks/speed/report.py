@@ -121,9 +121,9 @@ def _runs(found: Found) -> list[str]:
         "`driftprobe run`, both modes and all arms, on three prompts of 2, 16 and 32 tokens, from its start to its end "
         "÷ a script that imports, loads, and runs one prefill of 32 tokens and one decode step.",
         "",
-        row(["model", "run ÷ bare script", "bare script s"]),
-        "|---|---|---|",
-        *(row([name, told(ratio), f"{ratio['base_seconds']:.1f}"]) for name, ratio in found.items()),
+        row(["model", "run ÷ bare script", "bare script s", "arms", "their calls s"]),
+        "|---|---|---|---|---|",
+        *(row([name, told(r), f"{r['base_seconds']:.1f}", r["arms"], r["arms_seconds"]]) for name, r in found.items()),
         "",
     ]
 

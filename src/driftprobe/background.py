@@ -1,8 +1,9 @@
 """One thread that fingerprints and writes what an engine hands out, while the engine goes on.
 
 The compiled core and the disk need no interpreter's lock, so that the model is not held up: what the thread does with
-the lock in its hand, the model waits for. Order is that in which items are given to `put`, whatever was begun first.
-What goes wrong in the thread is raised by the next call.
+the lock in its hand, the model waits for, and for the lock to change hands too. What is begun ahead is therefore
+prepared in the caller's thread. Order is that in which items are given to `put`, whatever was begun first. What goes
+wrong in the thread is raised by the next call.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ class Begun(Generic[R]):
 class Background(Generic[T, R]):
     """Does `work` for items, several at a time, and `write` for each group of results, in a thread of its own.
 
-    A context manager: its end waits for what was put, and raises what went wrong; where it is left by an error, what
-    has not begun is dropped.
+    `work` prepares items at once and returns what is left to do, which belongs into the thread. A context manager: its
+    end waits for what was put, and raises what went wrong; where it is left by an error, what has not begun is dropped.
     """
 
-    def __init__(self, work: Callable[[Sequence[T]], list[R]], write: Callable[[list[R]], None]) -> None:
+    def __init__(self, work: Callable[[Sequence[T]], Callable[[], list[R]]], write: Callable[[list[R]], None]) -> None:
         self._work, self._write = work, write
         self._pool = ThreadPoolExecutor(1, "driftprobe-writer")
         self._waiting: list[T | Begun[R]] = []
@@ -64,9 +65,9 @@ class Background(Generic[T, R]):
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def begin(self, items: Callable[[], Sequence[T]], count: int, size: int) -> Begun[R]:
-        """Begin the work of `count` items of `size` bytes, which are made in the thread too; put is what counts."""
-        return Begun(self._pool.submit(lambda: self._work(items())), count, size)
+    def begin(self, items: Sequence[T], size: int) -> Begun[R]:
+        """Begin the work of items of `size` bytes; put is what counts. Raises what their preparation raises."""
+        return Begun(self._pool.submit(self._work(items)), len(items), size)
 
     def put(self, item: T | Begun[R], size: int = 0) -> None:
         """Queue an item that holds `size` bytes, or begun ones. Raises what went wrong with those before."""
@@ -108,7 +109,7 @@ class Background(Generic[T, R]):
                 fresh.append(item)
                 continue
             if fresh:
-                found += self._work(fresh)
+                found += self._work(fresh)()
                 fresh = []
             found += item.results()
-        return found + self._work(fresh) if fresh else found
+        return found + self._work(fresh)() if fresh else found

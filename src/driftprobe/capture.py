@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -201,9 +202,9 @@ class _Desk:
         self.plan, self.tokens, self.header = plan, tokens, header
         self._maker = LineMaker(plan.prompt.name, tokens, header.sketch_size)
 
-    def work(self, items: Sequence[Tapped | Recorded | Event]) -> list[_Made]:
-        """Return the lines of those items that the plan asks for, and their tensors where they are kept whole."""
-        found: list[_Made] = []
+    def work(self, items: Sequence[Tapped | Recorded | Event]) -> Callable[[], list[_Made]]:
+        """Prepare those items that the plan asks for; what is returned makes their lines, and keeps whole tensors."""
+        parts: list[Callable[[], list[_Made]]] = []
         together: list[Tapped] = []
         for item in items:
             if not _wanted(item, self.header):
@@ -211,19 +212,19 @@ class _Desk:
             if isinstance(item, Tapped) and self._maker.takes(item):
                 together.append(item)
                 continue
-            found += self._together(together)
+            parts += [self._together(together), partial(self._alone, item)]
             together = []
-            found.append(self._alone(item))
-        return found + self._together(together)
+        parts.append(self._together(together))
+        return lambda: [made for part in parts for made in part()]
 
-    def _together(self, items: Sequence[Tapped]) -> list[_Made]:
+    def _together(self, items: Sequence[Tapped]) -> Callable[[], list[_Made]]:
         if not items:
-            return []
+            return list
         told = [self._told(item) for item in items]
         lines = self._maker.lines(items, [extra for _, extra in told])
-        return [
+        return lambda: [
             _Made(line, item.read.arm) if name is None else _Made(line, item.read.arm, name, item.array)
-            for line, item, (name, _) in zip(lines, items, told, strict=True)
+            for line, item, (name, _) in zip(lines(), items, told, strict=True)
         ]
 
     def _told(self, item: Tapped) -> tuple[str | None, Extra]:
@@ -234,15 +235,15 @@ class _Desk:
         name = self._payload_name(read.arm, read.phase_name, read.step, item.layer, item.tensor)
         return name, Extra(_top_of(item), self._reference(read.arm, name))
 
-    def _alone(self, item: Tapped | Recorded | Event) -> _Made:
+    def _alone(self, item: Tapped | Recorded | Event) -> list[_Made]:
         if isinstance(item, Event):
-            return _Made(item, item.arm)
+            return [_Made(item, item.arm)]
         record = self._record(item) if isinstance(item, Tapped) else self._adopted(item)
         name = self._payload_name(record.arm, record.phase, record.step, record.layer, record.tensor)
         if item.array is None or name is None:
-            return _Made(line_of(record, self.header.sketch_size), record.arm)
+            return [_Made(line_of(record, self.header.sketch_size), record.arm)]
         record = replace(record, payload=self._reference(record.arm, name))
-        return _Made(line_of(record, self.header.sketch_size), record.arm, name, item.array)
+        return [_Made(line_of(record, self.header.sketch_size), record.arm, name, item.array)]
 
     def _payload_name(self, arm: str, phase: str, step: int, layer: int | None, tensor: str) -> str | None:
         if self.header.payload == "none" or not _keeps_payload(arm):

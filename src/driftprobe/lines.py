@@ -6,7 +6,7 @@ in it, is text that is made once for each place, read and shape. Line for line i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -45,35 +45,38 @@ class _Text:
     """What lines of one read have in common."""
 
     def __init__(self, read: Read) -> None:
+        self.read = read
         self.phase = read.phase_name
         self.key = (read.arm, self.phase, read.step)
         self.middles: dict[object, bytes] = {}
 
 
 class LineMaker:
-    """Makes the lines of one trace; not for two threads at once."""
+    """Makes the lines of one trace; several threads may ask."""
 
     def __init__(self, prompt: str, tokens: Sequence[int], sketch_size: int) -> None:
         self.prompt, self.tokens, self.sketch_size = prompt, tokens, sketch_size
         self._heads: dict[str, dict[_Place, bytes]] = {}
         self._ends: dict[tuple[int, str], bytes] = {}
-        self._read: Read | None = None
         self._text: _Text | None = None
+        """Of the read that was asked for last."""
 
     def takes(self, item: Tapped) -> bool:
         """Whether this item's line can be made here: the core is built, and nothing is wrong with where it stands.
 
         What is measured there, the core warrants.
         """
-        if item.read is not self._read:
+        if self._text is None or item.read is not self._text.read:
             if not BUILT or item.read.arm == CONSTANT_ARM or record_faults(self._sample(item)):
                 return False
-            self._turn_to(item.read)
+            self._text_of(item.read)
         return item.row_start >= 0 and _sound(item.layer, item.tensor)
 
-    def _turn_to(self, read: Read) -> None:
-        if read is not self._read:
-            self._read, self._text = read, _Text(read)
+    def _text_of(self, read: Read) -> _Text:
+        text = self._text
+        if text is None or text.read is not read:
+            text = self._text = _Text(read)
+        return text
 
     def _sample(self, item: Tapped) -> Record:
         read = item.read
@@ -82,21 +85,27 @@ class LineMaker:
             step=read.step, logical_tok_idx=read.position, row_start=item.row_start,
         )  # fmt: skip
 
-    def lines(self, items: Sequence[Tapped], extras: Sequence[Extra]) -> list[Line]:
-        """Return the lines of items that this maker takes. Raises KeyError where the format has no such dtype."""
+    def lines(self, items: Sequence[Tapped], extras: Sequence[Extra]) -> Callable[[], list[Line]]:
+        """Prepare the lines of items that this maker takes, and return what measures and makes them.
+
+        Raises KeyError where the format has no such dtype.
+        """
         jobs, keys = [], []
         for item, extra in zip(items, extras, strict=True):
-            self._turn_to(item.read)
-            assert self._text is not None
-            text, place = self._text, (item.layer, item.tensor)
+            text, place = self._text_of(item.read), (item.layer, item.tensor)
             array, code = for_core(item.array)
             middle = text.middles.get((item.pos_id, code, item.array.shape)) or self._middle(text, item, code)
             head = self._heads[text.phase].get(place) if text.phase in self._heads else None
             jobs.append((head or self._head(text.phase, place), middle, self._end(item, extra), array, code,
                          item.tensor in CACHE_TAPS))  # fmt: skip
             keys.append((*text.key, *place, item.read.position))
-        made: list[bytes] = core.lines(tuple(jobs), self.sketch_size)
-        return [Line(raw, self.prompt, key, _SOUND) for raw, key in zip(made, keys, strict=True)]
+        given = tuple(jobs)
+
+        def made() -> list[Line]:
+            raws: list[bytes] = core.lines(given, self.sketch_size)
+            return [Line(raw, self.prompt, key, _SOUND) for raw, key in zip(raws, keys, strict=True)]
+
+        return made
 
     def _head(self, phase: str, place: _Place) -> bytes:
         body = {"type": "record", "prompt": self.prompt, "phase": phase, "layer": place[0], "tensor": place[1]}

@@ -51,8 +51,8 @@ class Constant:
     """In the dtype in which the model keeps it; float64 for a plain number."""
 
 
-Ahead = Callable[[Callable[[], Sequence[Tapped]], int, int], Begun[Any]]
-"""Takes what makes tensors, how many and of how many bytes, while a call still runs. An engine hands out what it
+Ahead = Callable[[Sequence[Tapped], int], Begun[Any]]
+"""Takes tensors, and how many bytes they have, while a call still runs. An engine hands out what it
 returns in the place of all, or `one` of it in the place of each."""
 Handed = Tapped | Recorded | Event | Begun[Any]
 

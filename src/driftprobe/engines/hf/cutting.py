@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 
 from driftprobe.engines.hf.heard import Heard, Learned
@@ -90,7 +91,7 @@ def _ends_of_weight(probs: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
 def ends_on_host(given: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
     """Yield the ends of what is true in any row of each bool `[H, S]`, by NumPy, whose calls are shorter."""
     for weighty_HS in given:
-        at = weighty_HS.numpy().any(axis=0).nonzero()[0]
+        at = np.flatnonzero(weighty_HS.numpy().any(axis=0))
         yield (int(at[0]), int(at[-1]) + 1) if at.size else (weighty_HS.shape[1], 0)
 
 

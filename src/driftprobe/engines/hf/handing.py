@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -39,10 +39,8 @@ class HandOut:
         places = [place for place in _places(layer) if place in taps]
         for which in range(len(self.reads)):
             tensors = [(place, taps[place][which]) for place in places]
-            notes = [self._note(place, which) for place in places]
-            work = partial(self._all_tapped, which, tensors, notes)
-            begun = self.ahead(work, len(tensors), sum(tensor.nbytes for _, tensor in tensors))
-            self._begun[(layer, which)] = tensors, begun
+            items = [self._tapped(which, place, tensor) for place, tensor in tensors]
+            self._begun[(layer, which)] = tensors, self.ahead(items, sum(tensor.nbytes for _, tensor in tensors))
 
     def items(self) -> Iterator[Tapped | Begun[object]]:
         """Yield everything, read by read; of what was begun ahead, only what no later firing has replaced."""
@@ -57,7 +55,7 @@ class HandOut:
                     if isinstance(item, Begun):
                         yield item
                     else:
-                        yield self._tapped(which, place, item, self._note(place, which))
+                        yield self._tapped(which, place, item)
 
     def _told(self, layer: int | None, places: list[Place], which: int) -> list[Begun[object] | torch.Tensor]:
         """Return for one layer what was begun, or tensors on their way to the host; one entry where all was begun."""
@@ -76,22 +74,14 @@ class HandOut:
             for place in places
         ]
 
-    def _note(self, place: Place, which: int) -> _Note:
-        """Return what has to be known of a tap beside its tensor."""
-        starts, lent = self.heard.row_start.get(place), self.heard.lent.get(place)
+    def _tapped(self, which: int, place: Place, host: torch.Tensor) -> Tapped:
+        """Return a tensor that is on the host as what is handed out; one that was lent stands behind a batch axis."""
+        read, array, heard = self.reads[which], to_array(host), self.heard
+        lent, starts = heard.lent.get(place), heard.row_start.get(place)
+        if lent is not None:
+            array = array[0].reshape(1, lent[1], -1) if lent[1] else array[0]
         start = 0 if starts is None else starts[which]
-        return start, _SOURCES[place in self.heard.recomputed], None if lent is None else lent[1]
-
-    def _all_tapped(self, which: int, tensors: list[tuple[Place, torch.Tensor]], notes: list[_Note]) -> list[Tapped]:
-        told = zip(tensors, notes, strict=True)
-        return [self._tapped(which, place, tensor, note) for (place, tensor), note in told]
-
-    def _tapped(self, which: int, place: Place, host: torch.Tensor, note: _Note) -> Tapped:
-        read, array = self.reads[which], to_array(host)
-        start, source, heads = note
-        if heads is not None:
-            array = array[0].reshape(1, heads, -1) if heads else array[0]
-        return Tapped(read, place[0], place[1], array, read.position, start, source)
+        return Tapped(read, place[0], place[1], array, read.position, start, _SOURCES[place in heard.recomputed])
 
     def _check_rows(self) -> None:
         """Refuse rows that were read in place and have been written to since."""
@@ -119,8 +109,6 @@ def _places(layer: int | None) -> tuple[Place, ...]:
     return tuple(sorted(((layer, name) for name in BY_NAME), key=lambda place: execution_order(*place)))
 
 
-_Note = tuple[int, str, "int | None"]
-"""The position of the first row, where the tensor comes from, and its heads where it is lent (Heard.lent)."""
 _SOURCES = ("captured", "recomputed")
 
 _order = lru_cache(maxsize=1 << 14)(execution_order)
