@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from driftprobe.trace import CONSTANTS, Event, Header, Record
+from driftprobe.trace import CONSTANTS, Event, Header, Record, Trace
 from driftprobe.trace_checks import record_faults
 
 NONE = int(np.iinfo(np.int64).min)
@@ -23,6 +23,8 @@ NONE = int(np.iinfo(np.int64).min)
 INTEGERS = ("step", "token_id", "logical_tok_idx", "pos_id", "nz_count", "nan_count", "inf_count", "row_start")
 FLOATS = ("abs_sum", "min", "max", "mean", "l2")
 WORDS = ("phase", "arm", "tensor", "dtype", "shape", "source", "prompt")
+KEY = ("arm", "phase", "step", "layer", "tensor", "logical_tok_idx")
+"""What makes a record unique in its file (trace.Record.key)."""
 ROW = np.dtype(
     [("at", "<i8"), *((name, "<i8") for name in INTEGERS), ("rows_at", "<i8"), ("hash", "<u8"),
      *((name, "<f8") for name in FLOATS),
@@ -116,7 +118,7 @@ class Columns:
 
     header: Header
     rows: Rows
-    """A row of ROW for each record, in the order of the file."""
+    """A row of ROW for each record, in the order of the file; sorted by key where it was packed."""
     sums: npt.NDArray[np.float64]
     """Sketches `[sketches, sums]`."""
     hashes: npt.NDArray[np.uint64]
@@ -127,6 +129,14 @@ class Columns:
     """Name of the file, without its folder."""
     odd: dict[int, Record] = field(default_factory=dict)
     """Row -> the record itself, where it holds more than a row can."""
+
+    def trace(self) -> Trace | None:
+        """Return the trace that a reader of lines makes of a file of lines; None where two records have one key."""
+        rows, count = self.rows, len(self.rows)
+        keys = zip(*(rows[name].tolist() for name in KEY), strict=True)
+        if len(set(keys)) != count:
+            return None
+        return Trace(self.header, tuple(self.records(range(count))), self.events, self.name)
 
     def record(self, index: int) -> Record:
         """Return one record as the object that a reader of lines makes."""
