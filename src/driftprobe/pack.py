@@ -135,7 +135,9 @@ def _not_given_back(columns: Columns, path: Path) -> dict[int, bytes]:
             plain = start + np.flatnonzero(taken[block])
             given, ours = file.read(int(lengths[block].sum())), joined_lines(columns, plain)
             if given != ours:
-                raw |= _unlike(given, lengths[block].tolist(), start, dict(zip(plain.tolist(), split(ours), strict=True)))
+                raw |= _unlike(
+                    given, lengths[block].tolist(), start, dict(zip(plain.tolist(), split(ours), strict=True))
+                )
     return raw
 
 
