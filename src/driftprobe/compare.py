@@ -269,19 +269,17 @@ _TOGETHER = 1024
 
 
 def _sketched_drifts(pairs: Sequence[tuple[Record, Record]]) -> list[Drift]:
-    """Return ‖sketch(d)−sketch(p)‖/‖p‖₂, with ‖sketch(p)‖ for an unknown ‖p‖₂ (Charikar et al. 2002), of each pair."""
+    """Return ‖sketch(d)−sketch(p)‖/‖p‖₂, with ‖sketch(p)‖ for an unknown ‖p‖₂ (Charikar et al. 2002), of each pair.
+
+    All of one trace have one size, which its header states.
+    """
     found: list[Drift] = []
     for start in range(0, len(pairs), _TOGETHER):
         block = pairs[start : start + _TOGETHER]
-        p, d = ([both[side].sketch or () for both in block] for side in (0, 1))
-        if len(set(map(len, (*p, *d)))) == 1:
-            sketches = np.array(p, dtype=np.float64)
-            gaps = _norms(np.array(d, dtype=np.float64) - sketches)
-        else:  # of one file they have one size; two sizes on one side are no pair, and raise as ever
-            sketches = [np.asarray(one) for one in p]
-            gaps = [l2_norm(np.asarray(other) - one) for one, other in zip(sketches, d, strict=True)]
+        p, d = (np.array([both[side].sketch for both in block], dtype=np.float64) for side in (0, 1))
+        gaps = _norms(d - p)
         for index, (reference, _) in enumerate(block):
-            size = l2_norm(sketches[index]) if reference.l2 is None else reference.l2
+            size = l2_norm(p[index]) if reference.l2 is None else reference.l2
             found.append(Drift(ratio(gaps[index], size), "sketch"))
     return found
 
