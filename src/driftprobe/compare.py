@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -353,7 +354,7 @@ def exact_drift(reference: Array, candidate: Array) -> Drift:
         ratio(l2_norm(gaps), l2_norm(p[finite])),
         "payload",
         max_abs=largest,
-        ulp=ratio(largest, _ulp(scale, reference)),
+        ulp=ratio(largest, _ulp(scale, reference.dtype)),
         worst=tuple(int(i) for i in np.unravel_index(worst, reference.shape)) if gaps.size else None,
     )
 
@@ -374,12 +375,13 @@ def _finite_alike(left: Record, right: Record) -> bool:
     return mine == theirs or None in mine or None in theirs
 
 
-def _ulp(value: float, array: Array) -> float:
-    if array.dtype.kind in "iub":
+@lru_cache(maxsize=1 << 14)  # a reference is compared with every control
+def _ulp(value: float, dtype: np.dtype[Any]) -> float:
+    if dtype.kind in "iub":
         return 1.0
-    nearest = np.abs(np.asarray(value).astype(array.dtype))
+    nearest = np.abs(np.asarray(value).astype(dtype))
     # Towards zero at the largest finite value of the dtype, where there is none above.
     with np.errstate(over="ignore"):
-        edges = [np.nextafter(nearest, np.asarray(end, dtype=array.dtype)) for end in (np.inf, 0.0)]
+        edges = [np.nextafter(nearest, np.asarray(end, dtype=dtype)) for end in (np.inf, 0.0)]
     gaps = (abs(float(edge.astype(np.float64) - nearest.astype(np.float64))) for edge in edges)
     return next((gap for gap in gaps if math.isfinite(gap)), 0.0)
