@@ -28,7 +28,7 @@ LADDER = (
     {"trace_checks", "written"},
     {"trace"},
     {"plan", "payload", "boundaries", "columns"},
-    {"compare", "scan", "seal"},
+    {"compare", "scan", "seal", "relined"},
     {"packed"},
     {"load"},
     {"floor", "validate"},

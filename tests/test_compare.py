@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from driftprobe.compare import EQUAL, NoPayloads, Pair, drift_between, exact_drift, pair, ratio
-from driftprobe.fingerprint import Array, fingerprint
+from driftprobe.compare import EQUAL, Drift, NoPayloads, Pair, drift_between, exact_drift, pair, ratio
+from driftprobe.fingerprint import Array, fingerprint, l2_norm
 from driftprobe.taps import execution_order
-from driftprobe.trace import Record
+from driftprobe.trace import Header, Record, Trace
 from make_trace import Arrays, Change, Site, both, drifting, toy, without
 
 FLOATS = st.floats(-1e6, 1e6, width=32)
@@ -296,3 +296,38 @@ def test_ulp_is_the_last_place_of_the_references_largest_element(dtype, top, ulp
     d = np.array([top - ulp, 0.25], np.float64)
     found = exact_drift(p, d)
     assert (found.max_abs, found.ulp, found.worst) == (ulp, 1.0, (0,))
+
+
+def alone(reference: Record, candidate: Record) -> Drift:
+    """The drift of two records by their sketches as the formula has it, a pair at a time."""
+    p, d = np.asarray(reference.sketch), np.asarray(candidate.sketch)
+    return Drift(ratio(l2_norm(d - p), l2_norm(p) if reference.l2 is None else reference.l2), "sketch")
+
+
+anything, sizes = st.floats(allow_nan=False, allow_infinity=False), st.floats(0.0, 1e300)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(*[st.lists(anything, min_size=5, max_size=5)] * 2, st.none() | sizes), max_size=5))
+def test_many_pairs_are_measured_as_each_alone_to_the_bit(sides):
+    places = [{"step": step, "layer": None, "tensor": "logits", "prompt": "p"} for step in range(len(sides))]
+    left = [Record(**where, phase="prefill_last", arm="P", hash="0x0", sketch=tuple(p), l2=size)
+            for where, (p, _, size) in zip(places, sides, strict=True)]  # fmt: skip
+    right = [Record(**where, phase="decode0", arm="D", hash="0x1", sketch=tuple(d))
+             for where, (_, d, _) in zip(places, sides, strict=True)]  # fmt: skip
+    found = pair(Trace(Header(prompt="p"), (*left, *right)), "P", "D", NoPayloads()).matched
+    expected = [repr(alone(p, d)) for p, d in zip(left, right, strict=True)]  # NaN equals NaN
+    assert [repr(item.drift) for item in found] == expected
+    assert [repr(drift_between(p, d, NoPayloads())) for p, d in zip(left, right, strict=True)] == expected
+
+
+def test_a_thousand_pairs_are_measured_as_each_alone_to_the_bit():
+    rng = np.random.default_rng(7)
+    trace = Trace(Header(prompt="p"), tuple(
+        Record(prompt="p", phase=phase, arm=arm, step=step, layer=3, tensor="q_proj", hash=f"{arm}{step}",
+               sketch=tuple((rng.standard_normal(64) * 10.0 ** rng.integers(-300, 300)).tolist()))
+        for arm, phase in (("P", "prefill_last"), ("D", "decode0")) for step in range(1500)
+    ))  # fmt: skip
+    found = pair(trace, "P", "D", NoPayloads()).matched
+    assert len(found) == 1500
+    assert [item.drift for item in found] == [alone(item.reference, item.candidate) for item in found]

@@ -98,7 +98,7 @@ def test_run_prints_it_and_quiet_does_not(tmp_path: object) -> None:
 def test_open_shows_the_page_in_the_browser(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     from pathlib import Path
 
-    from driftprobe.cli import group, show
+    from driftprobe.cli import group
     from driftprobe.trace import TraceWriter
 
     folder = Path(str(tmp_path))
@@ -109,7 +109,7 @@ def test_open_shows_the_page_in_the_browser(tmp_path: object, monkeypatch: pytes
         for event in trace.events:
             writer.event(event)
     opened: list[str] = []
-    monkeypatch.setattr(show.webbrowser, "open", lambda url: opened.append(url) or True)
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or True)
     CliRunner().invoke(group, ["report", str(folder)], standalone_mode=False)
     assert opened == []
     CliRunner().invoke(group, ["report", str(folder), "--open"], standalone_mode=False)

@@ -17,7 +17,7 @@ from pathlib import Path
 from driftprobe.errors import OutputError, TraceError, UsageError
 from driftprobe.load import header_of, trace_files
 from driftprobe.payload import FOLDER
-from driftprobe.report import REPORTS
+from driftprobe.report.facts import FILES
 from driftprobe.trace import Header
 
 _OURS = (
@@ -211,7 +211,7 @@ def _strangers(root: Path) -> Iterator[str]:
         relative = path.relative_to(root).as_posix()
         if path.is_dir() and relative in {"run", "traces", f"traces/{FOLDER}"} and not path.is_symlink():
             continue
-        if relative not in REPORTS and not any(pattern.fullmatch(relative) for pattern in _OURS):
+        if relative not in FILES.values() and not any(pattern.fullmatch(relative) for pattern in _OURS):
             yield relative
 
 

@@ -6,16 +6,17 @@ from Parquet.
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from driftprobe.trace import CONSTANTS, Event, Header, Record
+from driftprobe.trace import CONSTANTS, Event, Header, Record, Trace
 from driftprobe.trace_checks import record_faults
 
 NONE = int(np.iinfo(np.int64).min)
@@ -23,6 +24,10 @@ NONE = int(np.iinfo(np.int64).min)
 INTEGERS = ("step", "token_id", "logical_tok_idx", "pos_id", "nz_count", "nan_count", "inf_count", "row_start")
 FLOATS = ("abs_sum", "min", "max", "mean", "l2")
 WORDS = ("phase", "arm", "tensor", "dtype", "shape", "source", "prompt")
+FIELDS = tuple(field.name for field in fields(Record) if field.name not in {"top", "order", "payload"})
+"""What a row has a place for, in the order of a line."""
+KEY = ("arm", "phase", "step", "layer", "tensor", "logical_tok_idx")
+"""What makes a record unique in its file (trace.Record.key)."""
 ROW = np.dtype(
     [("at", "<i8"), *((name, "<i8") for name in INTEGERS), ("rows_at", "<i8"), ("hash", "<u8"),
      *((name, "<f8") for name in FLOATS),
@@ -90,11 +95,6 @@ class Rows:
             more[name] = value
         return Rows.of_columns({name: np.append(self[name], more[name]) for name in ROW.names or ()})
 
-    def items(self, which: Sequence[int]) -> list[tuple[Any, ...]]:
-        """Return rows as Python's numbers, in the order of ROW."""
-        at = np.asarray(which, dtype=np.int64)
-        return list(zip(*(self[name][at].tolist() for name in ROW.names or ()), strict=True))
-
 
 BLOCK = 2048
 """Rows that are turned into columns at a time: so many stay in the cache, and memory is read once."""
@@ -116,7 +116,7 @@ class Columns:
 
     header: Header
     rows: Rows
-    """A row of ROW for each record, in the order of the file."""
+    """A row of ROW for each record, in the order of the file; sorted by key where it was packed."""
     sums: npt.NDArray[np.float64]
     """Sketches `[sketches, sums]`."""
     hashes: npt.NDArray[np.uint64]
@@ -128,30 +128,70 @@ class Columns:
     odd: dict[int, Record] = field(default_factory=dict)
     """Row -> the record itself, where it holds more than a row can."""
 
+    def trace(self) -> Trace | None:
+        """Return the trace that a reader of lines makes of a file of lines; None where two records have one key."""
+        rows, count = self.rows, len(self.rows)
+        keys = zip(*(rows[name].tolist() for name in KEY), strict=True)
+        if len(set(keys)) != count:
+            return None
+        return Trace(self.header, tuple(self.records(range(count))), self.events, self.name)
+
     def record(self, index: int) -> Record:
         """Return one record as the object that a reader of lines makes."""
         return self.records([index])[0]
 
     def records(self, which: Sequence[int]) -> list[Record]:
         """Return several records; a tenth of the time that it takes one by one."""
-        rows = zip(which, self.rows.items(which), strict=True)
-        return [self.odd[index] if index in self.odd else self._record(index, row) for index, row in rows]
+        found: list[Record] = []
+        for start in range(0, len(which), BLOCK):
+            block = which[start : start + BLOCK]
+            made = _records(self.fields(block, None), len(block))
+            found += [self.odd.get(index, record) for index, record in zip(block, made, strict=True)]
+        return found
 
-    def _record(self, index: int, row: tuple[Any, ...]) -> Record:
-        (_, step, token, position, pos_id, nz, nans, infs, start, _, tag, abs_sum, low, high, mean, l2, _, layer, phase,
-         arm, tensor, dtype, shape, source, prompt, sums, rows, _) = row  # fmt: skip
-        word = self.words
-        return Record(
-            prompt=word[prompt], phase=word[phase], layer=None if layer < 0 else layer, tensor=word[tensor],
-            hash=f"0x{tag:016x}", arm=word[arm], step=step, token_id=_or_none(token),
-            logical_tok_idx=_or_none(position), pos_id=_or_none(pos_id), dtype=None if dtype < 0 else word[dtype],
-            shape=None if shape < 0 else axes_of(word[shape]), nz_count=_or_none(nz), nan_count=_or_none(nans),
-            inf_count=_or_none(infs), row_start=start, source="captured" if source < 0 else word[source],
-            abs_sum=_finite_or_none(abs_sum), min=_finite_or_none(low), max=_finite_or_none(high),
-            mean=_finite_or_none(mean), l2=_finite_or_none(l2),
-            sketch=None if sums < 0 else tuple(self.sums[sums].tolist()),
-            rows=None if rows < 0 else tuple(f"0x{value:016x}" for value in self.row_hashes(index).tolist()),
-        )  # fmt: skip
+    def fields(self, which: Sequence[int] | Array, missing: Any) -> dict[str, list[Any]]:
+        """Return the fields of records that a row has a place for, in the order of a line: an entry for each of them.
+
+        `missing` stands where a record leaves a field out. Sketches and row hashes are lists. What `odd` holds is not
+        among them.
+        """
+        at = np.asarray(which, dtype=np.int64)
+        found = {name: self._integers(name, at, missing) for name in INTEGERS}
+        found |= {name: self._floats(name, at, missing) for name in FLOATS}
+        found |= {name: self._words(name, at, missing) for name in WORDS}
+        found["shape"] = [text if text is missing else axes_of(text) for text in found["shape"]]
+        found["source"] = ["captured" if word is missing else word for word in found["source"]]
+        found["layer"] = [None if layer < 0 else layer for layer in self.rows["layer"][at].tolist()]
+        found["hash"] = in_hex(self.rows["hash"][at])
+        found["sketch"] = self._sketches(self.rows["sums"][at], missing)
+        found["rows"] = self._hashes_of_rows(at, missing)
+        return {name: found[name] for name in FIELDS}
+
+    def _integers(self, name: str, at: Array, missing: Any) -> list[Any]:
+        values = self.rows[name][at]
+        return _with(missing, values.tolist(), values == NONE)
+
+    def _floats(self, name: str, at: Array, missing: Any) -> list[Any]:
+        values = self.rows[name][at]
+        return _with(missing, values.tolist(), np.isnan(values))
+
+    def _words(self, name: str, at: Array, missing: Any) -> list[Any]:
+        return [missing if number < 0 else self.words[number] for number in self.rows[name][at].tolist()]
+
+    def _sketches(self, numbers: Array, missing: Any) -> list[Any]:
+        if (numbers >= 0).all():
+            return list(self.sums[numbers].tolist())
+        found = [missing] * len(numbers)
+        here = np.flatnonzero(numbers >= 0)
+        for index, sketch in zip(here.tolist(), self.sums[numbers[here]].tolist(), strict=True):
+            found[index] = sketch
+        return found
+
+    def _hashes_of_rows(self, at: Array, missing: Any) -> list[Any]:
+        found = [missing] * len(at)
+        for index in np.flatnonzero(self.rows["rows"][at] >= 0).tolist():
+            found[index] = in_hex(self.row_hashes(int(at[index])))
+        return found
 
     def row_hashes(self, index: int) -> npt.NDArray[np.uint64]:
         """Return the row hashes of one cache record."""
@@ -163,12 +203,27 @@ class Columns:
         return self.words.index(word) if word in self.words else -2
 
 
-def _or_none(value: int) -> int | None:
-    return None if value == NONE else value
+def _records(fields: dict[str, list[Any]], count: int) -> list[Record]:
+    """Return records of these fields, put in field by field for all at once: a fifth of `__init__`'s time."""
+    for name in ("sketch", "rows"):
+        fields[name] = [None if value is None else tuple(value) for value in fields[name]]
+    made = list(map(object.__new__, repeat(Record, count)))
+    for name in Record.__slots__:
+        deque(map(getattr(Record, name).__set__, made, fields.get(name, repeat(None))), maxlen=0)
+    return made
 
 
-def _finite_or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def _with(missing: Any, values: list[Any], where: Array) -> list[Any]:
+    """Return values with `missing` in some places."""
+    for index in np.flatnonzero(where).tolist():
+        values[index] = missing
+    return values
+
+
+def in_hex(hashes: Array) -> list[str]:
+    """Return hashes as records carry them."""
+    digits = hashes.astype(">u8").tobytes().hex()
+    return ["0x" + digits[start : start + 16] for start in range(0, len(digits), 16)]
 
 
 @lru_cache(maxsize=4096)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -95,31 +97,54 @@ class Pairing:
         return self.only_reference + self.only_candidate
 
 
+ByArm = Mapping[str, Sequence[Record]]
+"""Arm -> its records."""
+
+
+def by_arm(trace: Trace) -> ByArm:
+    """Return a trace's records by arm; prefill rows that no decode step computed are left out."""
+    found: dict[str, list[Record]] = {}
+    for record in trace.records:
+        if record.phase != "prefill_row":
+            found.setdefault(record.arm, []).append(record)
+    return found
+
+
 def pair(trace: Trace, reference: str, candidate: str, payloads: PayloadSource) -> Pairing:
-    """Return the pairs of two arms of a trace, in execution order, matched by step, layer, tensor and position.
+    """Return the pairs of two arms of a trace, as `pair_arms` does."""
+    return pair_arms(by_arm(trace), reference, candidate, payloads)
+
+
+def pair_arms(arms: ByArm, reference: str, candidate: str, payloads: PayloadSource) -> Pairing:
+    """Return the pairs of two arms, in execution order, matched by step, layer, tensor and position.
 
     A record that names no position is matched with the one record of its step, layer and tensor on the other side.
     Records whose shapes disagree in more than the number of rows seen, and records of the same place beyond the first,
     are not pairs: they are left over.
     """
-    left, right = (_by_place(trace, arm) for arm in (reference, candidate))
+    left, right = (_by_place(arms.get(arm, ())) for arm in (reference, candidate))
     found: list[tuple[Record, Record]] = []
     for place, mine in left.items():
         found += _matches(mine, right.get(place, []))
     taken = {id(record) for both in found for record in both}
     found.sort(key=lambda both: _order(both[0]))
-    surplus = {(p.step, p.layer): _surplus(p, d) for p, d in found if p.tensor == "attn_scores"}
+    return Pairing(_measured(found, payloads), _left_over(left, taken), _left_over(right, taken))
 
-    def drift(p: Record, d: Record) -> Drift:
+
+def _measured(found: Sequence[tuple[Record, Record]], payloads: PayloadSource) -> tuple[Pair, ...]:
+    """Return pairs with their drifts; those that sketches tell are measured together."""
+    surplus = {(p.step, p.layer): _surplus(p, d) for p, d in found if p.tensor == SCORES}
+
+    def drift(p: Record, d: Record) -> Drift | None:
         if same_shape(p, d):
-            return drift_between(p, d, payloads)
+            return _without_sketches(p, d, payloads)
         shown = p.tensor in CACHE_TAPS and surplus.get((p.step, p.layer)) == _surplus(p, d)
         return _drift_of_common_rows(p, d, payloads) if shown else Drift(math.inf, "moments")
 
-    return Pairing(
-        tuple(Pair(p, d, drift(p, d)) for p, d in found),
-        _left_over(left, taken),
-        _left_over(right, taken),
+    drifts = [drift(p, d) for p, d in found]
+    sketched = iter(_sketched_drifts([both for both, told in zip(found, drifts, strict=True) if told is None]))
+    return tuple(
+        Pair(p, d, next(sketched) if told is None else told) for (p, d), told in zip(found, drifts, strict=True)
     )
 
 
@@ -127,17 +152,25 @@ _Place = tuple[int, int | None, str]
 _ByPlace = dict[_Place, list[Record]]
 
 
-def _by_place(trace: Trace, arm: str) -> _ByPlace:
-    """Return an arm's records by step, layer and tensor; prefill rows that no decode step computed are left out."""
+def _by_place(records: Iterable[Record]) -> _ByPlace:
+    """Return records by step, layer and tensor."""
     found: _ByPlace = {}
-    for record in trace.records:
-        if record.arm == arm and record.phase != "prefill_row":
-            found.setdefault((record.step, record.layer, record.tensor), []).append(record)
+    for record in records:
+        found.setdefault((record.step, record.layer, record.tensor), []).append(record)
     return found
 
 
 def _matches(left: list[Record], right: list[Record]) -> list[tuple[Record, Record]]:
     """Return the pairs of one place: equal positions first, then one that names none with the only one left."""
+    if len(left) == len(right) == 1:
+        positions = left[0].logical_tok_idx, right[0].logical_tok_idx
+        pairs = [(left[0], right[0])] if positions[0] == positions[1] or None in positions else []
+    else:
+        pairs = _by_position(left, right)
+    return [(p, d) for p, d in pairs if same_shape(p, d) or other_extent(p, d)]
+
+
+def _by_position(left: list[Record], right: list[Record]) -> list[tuple[Record, Record]]:
     pairs = []
     rest = list(right)
     for record in left:
@@ -149,7 +182,7 @@ def _matches(left: list[Record], right: list[Record]) -> list[tuple[Record, Reco
     alone = [record for record in left if id(record) not in taken]
     if len(alone) == len(rest) == 1 and None in (alone[0].logical_tok_idx, rest[0].logical_tok_idx):
         pairs.append((alone[0], rest[0]))
-    return [(p, d) for p, d in pairs if same_shape(p, d) or other_extent(p, d)]
+    return pairs
 
 
 def _left_over(records: _ByPlace, taken: set[int]) -> tuple[Record, ...]:
@@ -214,6 +247,12 @@ def _drift_of_common_rows(reference: Record, candidate: Record, payloads: Payloa
 
 def drift_between(reference: Record, candidate: Record, payloads: PayloadSource) -> Drift:
     """Return the drift of two records, on the best evidence that both carry: hash, payload, sketch, moments."""
+    found = _without_sketches(reference, candidate, payloads)
+    return _sketched_drifts([(reference, candidate)])[0] if found is None else found
+
+
+def _without_sketches(reference: Record, candidate: Record, payloads: PayloadSource) -> Drift | None:
+    """Return the drift of two records, or None where their sketches are the best evidence."""
     if reference.hash == candidate.hash and _same_dtype(reference, candidate):
         return EQUAL
     if not _finite_alike(reference, candidate):
@@ -222,13 +261,38 @@ def drift_between(reference: Record, candidate: Record, payloads: PayloadSource)
     if p is not None and d is not None:
         return exact_drift(p, without_shift(p, d) if reference.tensor == SCORES else d)
     if reference.sketch is not None and candidate.sketch is not None:
-        return _sketched_drift(np.asarray(reference.sketch), np.asarray(candidate.sketch), reference.l2)
+        return None
     return _bound_of_drift(reference, candidate)
 
 
-def _sketched_drift(p: Float64, d: Float64, size: float | None) -> Drift:
-    """Return ‖sketch(d)−sketch(p)‖/‖p‖₂, with ‖sketch(p)‖ for an unknown ‖p‖₂ (Charikar et al. 2002)."""
-    return Drift(ratio(l2_norm(d - p), l2_norm(p) if size is None else size), "sketch")
+_TOGETHER = 1024
+"""Pairs whose sketches are subtracted together: what they take stays in the cache."""
+
+
+def _sketched_drifts(pairs: Sequence[tuple[Record, Record]]) -> list[Drift]:
+    """Return ‖sketch(d)−sketch(p)‖/‖p‖₂, with ‖sketch(p)‖ for an unknown ‖p‖₂ (Charikar et al. 2002), of each pair.
+
+    All of one trace have one size, which its header states.
+    """
+    found: list[Drift] = []
+    for start in range(0, len(pairs), _TOGETHER):
+        block = pairs[start : start + _TOGETHER]
+        p, d = (np.array([both[side].sketch for both in block], dtype=np.float64) for side in (0, 1))
+        gaps = _norms(d - p)
+        for index, (reference, _) in enumerate(block):
+            size = l2_norm(p[index]) if reference.l2 is None else reference.l2
+            found.append(Drift(ratio(gaps[index], size), "sketch"))
+    return found
+
+
+def _norms(rows: Float64) -> list[float]:
+    """Return the norm of each row `[n, m]`: bit for bit what `l2_norm` says of it."""
+    tops = np.abs(rows).max(axis=1, initial=0.0)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        norms: list[float] = np.sqrt(np.square(rows).sum(axis=1)).tolist()
+    for index in np.flatnonzero((tops != 0.0) & ~((tops > 1e-100) & (tops < 1e100))).tolist():
+        norms[index] = l2_norm(rows[index])
+    return norms
 
 
 def _bound_of_drift(reference: Record, candidate: Record) -> Drift:
@@ -290,7 +354,7 @@ def exact_drift(reference: Array, candidate: Array) -> Drift:
         ratio(l2_norm(gaps), l2_norm(p[finite])),
         "payload",
         max_abs=largest,
-        ulp=ratio(largest, _ulp(scale, reference)),
+        ulp=ratio(largest, _ulp(scale, reference.dtype)),
         worst=tuple(int(i) for i in np.unravel_index(worst, reference.shape)) if gaps.size else None,
     )
 
@@ -307,16 +371,17 @@ def _same_dtype(left: Record, right: Record) -> bool:
 
 
 def _finite_alike(left: Record, right: Record) -> bool:
-    counts = [(r.nan_count, r.inf_count) for r in (left, right)]
-    return None in counts[0] or None in counts[1] or counts[0] == counts[1]
+    mine, theirs = (left.nan_count, left.inf_count), (right.nan_count, right.inf_count)
+    return mine == theirs or None in mine or None in theirs
 
 
-def _ulp(value: float, array: Array) -> float:
-    if array.dtype.kind in "iub":
+@lru_cache(maxsize=1 << 14)  # a reference is compared with every control
+def _ulp(value: float, dtype: np.dtype[Any]) -> float:
+    if dtype.kind in "iub":
         return 1.0
-    nearest = np.abs(np.asarray(value).astype(array.dtype))
+    nearest = np.abs(np.asarray(value).astype(dtype))
     # Towards zero at the largest finite value of the dtype, where there is none above.
     with np.errstate(over="ignore"):
-        edges = [np.nextafter(nearest, np.asarray(end, dtype=array.dtype)) for end in (np.inf, 0.0)]
+        edges = [np.nextafter(nearest, np.asarray(end, dtype=dtype)) for end in (np.inf, 0.0)]
     gaps = (abs(float(edge.astype(np.float64) - nearest.astype(np.float64))) for edge in edges)
     return next((gap for gap in gaps if math.isfinite(gap)), 0.0)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from driftprobe.causes import CAUSES
 from driftprobe.compare import NoPayloads, PayloadSource
-from driftprobe.explain import explain
 from driftprobe.floor import is_extension, is_turned, repeated
-from driftprobe.hypotheses.blame import Blame, blame
 from driftprobe.judgement import (
     Cell,
     Diagnosis,
@@ -23,9 +22,11 @@ from driftprobe.judgement import (
     TraceJudgement,
 )
 from driftprobe.row_causes import cause_of_rows, rows_in_words
-from driftprobe.scene import Scene
 from driftprobe.taps import BY_NAME, CACHE_TAPS, CANDIDATE, REFERENCE, execution_order, place
 from driftprobe.trace import Trace
+
+if TYPE_CHECKING:
+    from driftprobe.hypotheses.blame import Blame
 
 
 def diagnose(judgement: Judgement, traces: Sequence[Trace] = (), payloads: PayloadSource | None = None) -> Judgement:
@@ -69,8 +70,7 @@ def _diagnose_trace(item: TraceJudgement, trace: Trace | None, payloads: Payload
         return item
     told = found = None
     if trace is not None and repeated(first.arm) == "P":  # another run of decode differs from decode, and from no op
-        scene = Scene(trace, item, first, payloads)
-        told, found = blame(scene), explain(scene)
+        told, found = _asked(trace, item, first, payloads)
     if first.diagnosis is None or found is not None or _by_hashes(first, item) is not None:
         found = found or _by_hashes(first, item) or _by_controls(first, item) or _matched(first)
         first = replace(first, diagnosis=found)
@@ -78,6 +78,18 @@ def _diagnose_trace(item: TraceJudgement, trace: Trace | None, payloads: Payload
     if told is not None:
         words = f"{words}; {_blame_in_words(told, first)}"
     return replace(item, failures=(replace(first, root_cause=words), *item.failures[1:]))
+
+
+def _asked(
+    trace: Trace, item: TraceJudgement, first: Failure, payloads: PayloadSource
+) -> tuple[Blame | None, Diagnosis | None]:
+    """Ask the fault dictionary for the side and the cause; it is loaded only where something has failed."""
+    from driftprobe.explain import explain
+    from driftprobe.hypotheses.blame import blame
+    from driftprobe.scene import Scene
+
+    scene = Scene(trace, item, first, payloads)
+    return blame(scene), explain(scene)
 
 
 def _blame_in_words(told: Blame, failure: Failure) -> str:

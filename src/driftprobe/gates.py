@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from driftprobe.compare import SCORES, Pair, Pairing
@@ -256,9 +256,13 @@ def _plausible(cells: Sequence[Cell]) -> Gate:
     for here in rows.values():
         row = sorted(here, key=_order)
         last = max((i for i, cell in enumerate(row) if not cell.drift.equal), default=-1)
+        layers: dict[int | None, list[Cell]] = {}
+        for cell in row:
+            layers.setdefault(cell.layer, []).append(cell)
         odd += [
-            cell for i, cell in enumerate(row) if _large(cell) and _without_effect(cell, row, i == last < len(row) - 1)
-        ]
+            cell for i, cell in enumerate(row)
+            if _large(cell) and _without_effect(cell, _near(cell, layers), i == last < len(row) - 1)
+        ]  # fmt: skip
     detail = _listed([f"drift{_size(cell)} at {place(cell.layer, cell.tensor)} and what follows from it bit-equal"
                       for cell in odd])  # fmt: skip
     return Gate("plausible", not odd, detail or "no large drift stands upstream of bit-equal tensors")
@@ -278,7 +282,13 @@ def _size(cell: Cell) -> str:
     return "" if cell.drift.value is None or math.isinf(cell.drift.value) else f" of {cell.drift.value:.1e}"
 
 
-def _without_effect(cell: Cell, row: Sequence[Cell], nothing_after: bool) -> bool:
+def _near(cell: Cell, layers: Mapping[int | None, Sequence[Cell]]) -> Sequence[Cell]:
+    """Return the cells of a cell's own layer and of the next one, in their order: nothing else reads it."""
+    own = layers[cell.layer]
+    return own if cell.layer is None else (*own, *layers.get(cell.layer + 1, ()))
+
+
+def _without_effect(cell: Cell, near: Sequence[Cell], nothing_after: bool) -> bool:
     """Whether a drift ought to show in tensors that are bit-equal: in all that follow, or in all that read it.
 
     Cache rows may be masked or weigh nothing, and attention does not depend on their order; so may a key that one side
@@ -286,9 +296,9 @@ def _without_effect(cell: Cell, row: Sequence[Cell], nothing_after: bool) -> boo
     is read by the next one only. A branch that is small beside the residual stream may round away in the sum.
     """
     more_keys = cell.tensor in _OVER_KEYS and cell.reference.shape != cell.candidate.shape
-    if cell.tensor in CACHE_TAPS | STATE_TAPS or more_keys or _reordered(cell, row) or _rounds_away(cell, row):
+    if cell.tensor in CACHE_TAPS | STATE_TAPS or more_keys or _reordered(cell, near) or _rounds_away(cell, near):
         return False
-    readers = [other for other in row if _reads(other, cell)]
+    readers = [other for other in near if _reads(other, cell)]
     return (nothing_after and cell.tensor in BY_NAME) or (
         cell.tensor in _PASSED_ON and bool(readers) and all(r.drift.equal for r in readers)
     )
@@ -312,9 +322,9 @@ def _reads(other: Cell, cell: Cell) -> bool:
     return cell.tensor in tap.inputs and other.layer == cell.layer
 
 
-def _rounds_away(cell: Cell, row: Sequence[Cell]) -> bool:
+def _rounds_away(cell: Cell, near: Sequence[Cell]) -> bool:
     """Whether the sum that takes in this branch is so large that rounding it can swallow the difference."""
-    sums = [other for name in _SUMS_OF.get(cell.tensor, ()) for other in row
+    sums = [other for name in _SUMS_OF.get(cell.tensor, ()) for other in near
             if (other.layer, other.tensor) == (cell.layer, name)][:1]  # fmt: skip
     sizes = [_norms(item.reference) for item in (cell, *sums)]
     if len(sizes) != 2 or cell.drift.value is None:
@@ -333,10 +343,10 @@ def _norms(record: Record) -> tuple[float, ...]:
     return () if known is None else (known,)
 
 
-def _reordered(cell: Cell, row: Sequence[Cell]) -> bool:
+def _reordered(cell: Cell, near: Sequence[Cell]) -> bool:
     """Scores over cache rows that are themselves in another order: attention does not depend on their order."""
     return cell.tensor in _OVER_KEYS and any(
-        other.tensor in CACHE_TAPS and other.layer == cell.layer and other.status is Status.FAIL for other in row
+        other.tensor in CACHE_TAPS and other.layer == cell.layer and other.status is Status.FAIL for other in near
     )
 
 

@@ -17,6 +17,7 @@ import msgspec
 
 from driftprobe.errors import TraceError
 from driftprobe.packed import ENDING, read_packed
+from driftprobe.scan import read_columns
 from driftprobe.taps import BY_NAME, Scope
 from driftprobe.trace import EngineFacts, Header, Lines, Problem, Record, Trace, lines, read_header, scan, too_long
 from driftprobe.trace_checks import json_object, name_fault, statistic_faults
@@ -46,9 +47,18 @@ class Survey:
 
 
 Settle = Callable[[Path], "Trace | None"]
-"""Judges a trace of ours by other means and returns it without records; None where it is to be read."""
+"""Returns a trace of ours by a shorter way than line by line; None where it is to be read so."""
 ENDINGS = (".jsonl", ENDING)
 """How a trace's file ends: lines as they are, or packed."""
+
+
+def read_at_once(path: Path) -> Trace | None:
+    """Return a whole trace of ours that breaks no MUST, in a tenth of the time that its lines take one by one.
+
+    None where it has to be read so; a packed one always has, which alone holds all of it to its digest. Raises OSError.
+    """
+    columns = None if path.suffix == ENDING else read_columns(path)
+    return None if columns is None else columns.trace()
 
 
 def load_traces(folder: Path, mode: str | None = None, settle: Settle | None = None) -> tuple[Trace, ...]:
@@ -57,7 +67,7 @@ def load_traces(folder: Path, mode: str | None = None, settle: Settle | None = N
     `mode` is the mode of strangers' traces, which do not say theirs; by default the folder's or file's name
     says `kv_aligned`, or it is `as_designed`. Raises TraceError for the first thing that breaks the format.
     """
-    found = survey(folder, mode, settle)
+    found = survey(folder, mode, settle or read_at_once)
     for problem in found.problems:
         raise problem.as_error()
     return tuple(entry.trace for entry in found.loaded)
@@ -178,6 +188,9 @@ def header_of(path: Path) -> Header | None:
 def read_whole(folder: Path, trace: Trace) -> Trace:
     """Return a trace of a folder with all its records. Raises TraceError for anything that breaks the format."""
     path = next(path for path in trace_files(folder) if path.with_suffix(".jsonl").name == trace.path)
+    whole = read_at_once(path)
+    if whole is not None:
+        return whole
     found = _read_lines(path, trace.header.mode)
     for problem in found.problems:
         raise problem.as_error()

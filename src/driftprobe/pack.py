@@ -6,16 +6,19 @@ A file is removed only when what takes its place has given every byte of it back
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from driftprobe.artifacts import written
 from driftprobe.columns import Columns
 from driftprobe.errors import OutputError, TraceError, UsageError
 from driftprobe.fingerprint import SKETCH_BLOCK, SKETCH_SIZE
 from driftprobe.load import traces_folder
-from driftprobe.packed import AT_A_TIME, ENDING, lines_of, pack, read_packed
+from driftprobe.packed import AT_A_TIME, ENDING, pack, read_packed
+from driftprobe.relined import joined_lines, split
 from driftprobe.scan import BUILT, GivenUpError, Scanning
 from driftprobe.trace import Header, read_header, too_long
 
@@ -124,17 +127,28 @@ def _columns(scanning: Scanning, length: int, name: str) -> Columns:
 
 def _not_given_back(columns: Columns, path: Path) -> dict[int, bytes]:
     """Return the lines that their columns do not give back to the byte, by row."""
-    raw = {}
-    taken, lengths = columns.rows["taken"].tolist(), columns.rows["length"].tolist()
+    raw: dict[int, bytes] = {}
+    taken, lengths = columns.rows["taken"] == 1, columns.rows["length"]
     with path.open("rb") as file:
         for start in range(0, len(taken), AT_A_TIME):
-            block = range(start, min(start + AT_A_TIME, len(taken)))
-            plain = [index for index in block if taken[index]]
-            ours = dict(zip(plain, lines_of(columns, plain), strict=True))
-            for index in block:
-                line = file.read(lengths[index])
-                if line != ours.get(index):
-                    raw[index] = line
+            block = slice(start, start + AT_A_TIME)
+            plain = start + np.flatnonzero(taken[block])
+            given, ours = file.read(int(lengths[block].sum())), joined_lines(columns, plain)
+            if given != ours:
+                raw |= _unlike(
+                    given, lengths[block].tolist(), start, dict(zip(plain.tolist(), split(ours), strict=True))
+                )
+    return raw
+
+
+def _unlike(given: bytes, lengths: Sequence[int], first: int, ours: Mapping[int, bytes]) -> dict[int, bytes]:
+    """Return those of the lines that were given, the first of which is row `first`, that ours are not."""
+    raw, end = {}, 0
+    for row, length in enumerate(lengths, first):
+        line = given[end : end + length]
+        end += length
+        if line != ours.get(row):
+            raw[row] = line
     return raw
 
 

@@ -7,7 +7,7 @@ bytes, and kept whole (`raw`) where it does not. polars reads and writes the fil
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ import xxhash
 from driftprobe.columns import FLOATS, INTEGERS, NONE, WORDS, Array, Columns, Rows, breaks_a_must
 from driftprobe.errors import TraceError, UsageError
 from driftprobe.fingerprint import SKETCH_BLOCK
+from driftprobe.relined import joined_lines, split
 from driftprobe.scan import MAX_ODD, GivenUpError, Parts, columns_of
 from driftprobe.seal import OPEN, is_sealed, seal
-from driftprobe.trace import Checks, Event, Footer, Header, Problem, Record, encode_line
+from driftprobe.trace import Checks, Event, Footer, Header, Problem, Record
 
 Table = Any
 """A DataFrame of polars, which may not be installed where types are checked."""
@@ -52,18 +53,13 @@ class Packed:
         order = self.order.tolist()
         for start in range(0, len(order), AT_A_TIME):
             block = order[start : start + AT_A_TIME]
-            made = iter(lines_of(self.columns, [index for index in block if index not in self.raw]))
+            made = iter(split(joined_lines(self.columns, [index for index in block if index not in self.raw])))
             for number, index in enumerate(block, start + 1):
                 yield number, self.raw[index] if index in self.raw else next(made)
 
 
 AT_A_TIME = 4096
 """Records that are made into lines together."""
-
-
-def lines_of(columns: Columns, which: Sequence[int]) -> list[bytes]:
-    """Return the lines that our own writer makes of records."""
-    return [encode_line("record", record) for record in columns.records(which)]
 
 
 def pack(columns: Columns, raw: dict[int, bytes], sha256: str, path: Path) -> None:

@@ -27,35 +27,45 @@ AT_ONCE = 2
 
 
 class Quick:
-    """Judges traces as they are met, where that can be done from columns."""
+    """Reads traces as they are met, and judges them where that can be done from columns."""
 
     def __init__(self, large: int = LARGE) -> None:
         self.large = large
         self.ready: dict[str, TraceJudgement] = {}
-        self._ahead: dict[Path, Future[tuple[Trace, TraceJudgement] | None]] = {}
+        self._ahead: dict[Path, Future[_Read | None]] = {}
 
     def ahead(self, paths: Iterable[Path], pool: Executor) -> None:
         """Begin with files that will be asked for; links are left until somebody has seen where they lead."""
         plain = (path for path in paths if path.is_file() and not path.is_symlink())
-        self._ahead = {path: pool.submit(self._judged, path) for path in plain}
+        self._ahead = {path: pool.submit(self._read, path) for path in plain}
 
     def __call__(self, path: Path) -> Trace | None:
-        """Return a trace without its records if it is judged and done with; None where it has to be loaded."""
+        """Return a trace, without its records if it is judged and done with; None where it has to be loaded."""
         begun = self._ahead.pop(path, None)
-        found = self._judged(path) if begun is None else begun.result()
+        found = self._read(path) if begun is None else begun.result()
         if found is None:
             return None
-        trace, self.ready[trace.path] = found
+        trace, judged = found
+        if judged is not None:
+            self.ready[trace.path] = judged
         return trace
 
-    def _judged(self, path: Path) -> tuple[Trace, TraceJudgement] | None:
-        packed = path.suffix == ENDING
-        if path.stat().st_size < (self.large // 16 if packed else self.large):
+    def _read(self, path: Path) -> _Read | None:
+        packed, size = path.suffix == ENDING, path.stat().st_size
+        large = size >= (self.large // 16 if packed else self.large)
+        if packed and not large:
             return None
         columns = packed_columns(path) if packed else read_columns(path)
-        pairs = None if columns is None else thin(columns)
+        pairs = thin(columns) if columns is not None and large else None
         judged = None if pairs is None else judge_thinned(pairs, NoPayloads())
-        return None if pairs is None or judged is None else (pairs.trace, judged)
+        if pairs is not None and judged is not None:
+            return pairs.trace, judged
+        whole = None if columns is None or packed else columns.trace()
+        return None if whole is None else (whole, None)
+
+
+_Read = tuple[Trace, "TraceJudgement | None"]
+"""A trace, and its judgement where it is done with: without its records then."""
 
 
 def load_quickly(folder: Path, mode: str | None, quick: Quick) -> tuple[Trace, ...]:

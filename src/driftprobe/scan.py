@@ -95,7 +95,7 @@ class Scanning:
     """A file that is scanned chunk by chunk."""
 
     def __init__(self, sketch_size: int, length: int) -> None:
-        self.size = sketch_size
+        self.size, self.length = sketch_size, length
         self.room, self.table = _Room.for_file(length), scanner.words()
 
     def chunks(self, file: BinaryIO) -> Iterator[tuple[memoryview, int, int]]:
@@ -104,13 +104,14 @@ class Scanning:
         Every line has a row; `taken` is 0 where the scanner leaves it alone. A chunk is written over when the next but
         one is asked for.
         """
-        buffers = [bytearray(2 * CHUNK) for _ in range(3)]
+        chunk = CHUNK if self.length > 16 * CHUNK else CHUNK // 4  # memory that is new costs more than it holds
+        buffers = [bytearray(chunk + chunk // 4) for _ in range(3)]
         turn = kept = place = 0
         while True:
             buffer, after = buffers[turn % 3], (turn + 1) % 3
-            if len(buffer) < kept + CHUNK:
-                buffer = buffers[turn % 3] = buffer + bytes(kept + CHUNK)
-            got = file.readinto(memoryview(buffer)[kept : kept + CHUNK])  # type: ignore[attr-defined]
+            if len(buffer) < kept + chunk:
+                buffer = buffers[turn % 3] = buffer + bytes(kept + chunk)
+            got = file.readinto(memoryview(buffer)[kept : kept + chunk])  # type: ignore[attr-defined]
             if not got:
                 break
             filled = kept + got
@@ -236,8 +237,11 @@ MAX_LAYER = 1_000_000
 
 
 def row_of(record: Record, numbers: dict[str, int], sums: int) -> Any:
-    """Return the row of a record that trace.py has read; words that are new get a number. Raises GivenUpError."""
-    if record.rows is not None or record.order is not None or (record.layer or 0) > MAX_LAYER:
+    """Return the row of a record that trace.py has read; words that are new get a number. Raises GivenUpError.
+
+    Row hashes, a rank and a payload's name are left to the record itself.
+    """
+    if (record.layer or 0) > MAX_LAYER:
         raise GivenUpError
 
     def number(word: str | None) -> int:

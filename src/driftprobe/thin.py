@@ -20,7 +20,7 @@ from driftprobe.floor import is_control, repeated
 from driftprobe.judgement import AttentionSums, LeftOut, Sums
 from driftprobe.rows import WHOLE_PREFILLS
 from driftprobe.taps import CACHE_TAPS, PATHS, execution_order
-from driftprobe.trace import CONSTANTS, Trace
+from driftprobe.trace import CONSTANTS, Record, Trace
 from driftprobe.verdict import Pairs
 
 NEARLY = 1e-9
@@ -102,8 +102,8 @@ class _Thinning:
         arms = {columns.words[i] for i in np.unique(rows["arm"])}
         phases = {columns.words[i] for i in np.unique(rows["phase"])}
         unknown = [arm for arm in arms if arm not in {"P", "D", "A", CONSTANTS} and not is_control(arm)]
-        payloads = any(record.payload is not None and record.arm != CONSTANTS for record in columns.odd.values())
-        if columns.header.mode == PATHS or unknown or payloads or "prefill_row" in phases:
+        more = any(_holds_more(record) for record in columns.odd.values())
+        if columns.header.mode == PATHS or unknown or more or "prefill_row" in phases:
             raise _WholeError
         mine = rows.part(rows["arm"] != columns.number_of(CONSTANTS)) if CONSTANTS in arms else rows
         if (mine["logical_tok_idx"] == NONE).any() or (mine["shape"] < 0).any():
@@ -324,6 +324,12 @@ class _Thinning:
             return Sums()
         total = math.fsum((rows["mean"] * finite).tolist())
         return Sums(float(rows["min"].min()), float(rows["max"].max()), total, int(finite.sum()))
+
+
+def _holds_more(record: Record) -> bool:
+    """Whether a record says more than its row, that has a say in a judgement."""
+    payload = record.payload is not None and record.arm != CONSTANTS
+    return payload or record.rows is not None or record.order is not None
 
 
 def _elements(word: str) -> int:

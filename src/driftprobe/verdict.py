@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from driftprobe.cells import cells_of
 from driftprobe.climb import climb, in_words
-from driftprobe.compare import Pair, Pairing, PayloadSource, pair
+from driftprobe.compare import Pair, Pairing, PayloadSource, by_arm, pair_arms
 from driftprobe.failures import Guilt, failures_of, guilty
 from driftprobe.floor import (
     LIMIT,
@@ -87,10 +87,12 @@ def _climbed(trace: Trace, traces: Sequence[Trace], payloads: PayloadSource, rea
 
 def judge_trace(trace: Trace, payloads: PayloadSource) -> TraceJudgement:
     """Return the judgement of one prompt in one mode."""
-    controls = _controls(trace, payloads)
-    forced = pair(trace, "P", "T", payloads).matched if any(r.arm == "T" for r in trace.records) else ()
-    return _judged(_weigh(Pairs(trace, pair(trace, "P", "D", payloads), _aligned(trace, payloads), controls, forced),
-                          payloads), payloads)  # fmt: skip
+    arms, names = by_arm(trace), {record.arm for record in trace.records}
+    controls = {arm: pair_arms(arms, repeated(arm), arm, payloads).matched for arm in sorted(filter(is_control, names))}
+    forced = pair_arms(arms, "P", "T", payloads).matched if "T" in names else ()
+    decode = pair_arms(arms, "P", "D", payloads)
+    aligned = pair_arms(arms, "P", "A", payloads) if "A" in names else Pairing((), (), ())
+    return _judged(_weigh(Pairs(trace, decode, aligned, controls, forced), payloads), payloads)
 
 
 def judge_thinned(pairs: Pairs, payloads: PayloadSource) -> TraceJudgement | None:
@@ -194,19 +196,6 @@ def _judged(weighed: _Weighed, payloads: PayloadSource) -> TraceJudgement:
         attention=attention_sums(trace) if left_out is None else left_out.attention,
         left_out=left_out,
     )
-
-
-def _aligned(trace: Trace, payloads: PayloadSource) -> Pairing:
-    """Return A against P, or an empty pairing where A was not run."""
-    if any(record.arm == "A" for record in trace.records):
-        return pair(trace, "P", "A", payloads)
-    return Pairing((), (), ())
-
-
-def _controls(trace: Trace, payloads: PayloadSource) -> Controls:
-    """Return every control's pairs, with the arm that it repeats."""
-    arms = sorted(arm for arm in {record.arm for record in trace.records} if is_control(arm))
-    return {arm: pair(trace, repeated(arm), arm, payloads).matched for arm in arms}
 
 
 def _reading(cells: Sequence[Cell], aligned: Sequence[Cell]) -> Reading:

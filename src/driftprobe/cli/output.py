@@ -17,7 +17,6 @@ from driftprobe.api import Result
 from driftprobe.artifacts import written
 from driftprobe.cli.show import EXIT_CODES, EXPLAINED, open_page, show, show_map, show_reports
 from driftprobe.errors import UsageError
-from driftprobe.report import github, junit, verdict_json
 from driftprobe.report.conclusion import next_command
 from driftprobe.report.facts import FILES
 from driftprobe.verdict import base_traces
@@ -84,15 +83,21 @@ def tell(
     shown = partial(_text, result, how, root, before, after, mapped)
     judgement, base = result.judgement, base_traces(result.traces)
     if how.junit is not None:
+        from driftprobe.report import junit
+
         with written(how.junit):
             how.junit.write_text(junit.render(judgement, base), encoding="utf-8", newline="\n")
     if how.format == "json":
+        from driftprobe.report import verdict_json
+
         for line in () if how.quiet else (*before, *after):
             click.echo(line, err=True)
         click.echo(verdict_json.render(judgement, base), nl=False)
         return EXIT_CODES[judgement.verdict]
     if how.format == "text":
         return shown()
+    from driftprobe.report import github
+
     token = secrets.token_hex(16)  # what a trace brings in is text, whatever it looks like
     click.echo(f"::stop-commands::{token}")
     try:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from driftprobe.api import Progress as ToldStep
 from driftprobe.api import Step
 from driftprobe.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 PROGRESS = "progress: "
 """How a line begins that says where a run is, with --progress lines."""
@@ -42,6 +45,8 @@ def progress(how: str, at_first: str) -> Iterator[ToldStep | None]:
 
 def bar_on(console: Console, disable: bool = False) -> Progress:
     """Return a bar that leaves nothing behind: what is done now, how much of it all, and the time left."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=disable)
 

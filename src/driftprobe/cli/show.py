@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import webbrowser
 from pathlib import Path
 
 import click
@@ -65,6 +64,8 @@ def show_reports(root: Path, console: Console) -> None:
 
 def open_page(root: Path) -> None:
     """Open the page of a run in the browser, or say that there is none."""
+    import webbrowser
+
     page = root / FILES["html"]
     if not webbrowser.open(page.resolve().as_uri()):
         click.echo(f"no browser was found to open {page.as_posix()}", err=True)

@@ -1,15 +1,17 @@
 """The reports: a table from file name to the function that writes it, from a judgement and its traces alone.
 
-Each is pure: the same judgement and traces give the same bytes. Dates, names and paths come from the trace headers.
+Each is pure: the same judgement and traces give the same bytes. Dates, names and paths come from the trace headers. A
+report's module is loaded when it is written: a verdict on the terminal needs none of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
 
 from driftprobe.compare import NoPayloads, PayloadSource
 from driftprobe.judgement import Judgement
-from driftprobe.report import analysis, final_report, html, tsv, verdict_json
 from driftprobe.report.facts import FILES
 from driftprobe.trace import Trace
 from driftprobe.verdict import base_traces
@@ -18,17 +20,36 @@ Render = Callable[[Judgement, Sequence[Trace], PayloadSource], str]
 """A report of a judgement, of every trace that was judged, and of the whole tensors that they kept."""
 
 
-def _of_base(render: Callable[[Judgement, Sequence[Trace]], str]) -> Render:
+def _whole(module: str) -> Render:
+    """Return a report that shows all there is: every trace, and the tensors that were kept."""
+
+    def render(judgement: Judgement, traces: Sequence[Trace], payloads: PayloadSource) -> str:
+        text: str = _module(module).render(judgement, traces, payloads)
+        return text
+
+    return render
+
+
+def _of_base(module: str) -> Render:
     """Return a report that reads no tensors, and nothing of a rung but what the judgement says of it."""
-    return lambda judgement, traces, _payloads: render(judgement, base_traces(traces))
+
+    def render(judgement: Judgement, traces: Sequence[Trace], _payloads: PayloadSource) -> str:
+        text: str = _module(module).render(judgement, base_traces(traces))
+        return text
+
+    return render
+
+
+def _module(name: str) -> Any:
+    return import_module(f"{__name__}.{name}")
 
 
 REPORTS: dict[str, Render] = {
-    FILES["html"]: html.render,
-    FILES["final"]: _of_base(final_report.render),
-    FILES["analysis"]: _of_base(analysis.render),
-    FILES["tsv"]: _of_base(tsv.render),
-    FILES["verdict"]: _of_base(verdict_json.render),
+    FILES["html"]: _whole("html"),
+    FILES["final"]: _of_base("final_report"),
+    FILES["analysis"]: _of_base("analysis"),
+    FILES["tsv"]: _of_base("tsv"),
+    FILES["verdict"]: _of_base("verdict_json"),
 }
 
 

@@ -44,6 +44,8 @@ def truth(value: bool | None) -> str:
 
 def printable(text: str) -> str:
     """Return text on one line: line breaks, tabs and what no terminal shows become escapes, `\\n` and the like."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 

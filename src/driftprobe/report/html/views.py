@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from driftprobe.compare import NoPayloads, pair
+from driftprobe.compare import NoPayloads, by_arm, pair_arms
 from driftprobe.floor import is_control, repeated
 from driftprobe.judgement import Cell, Failure, Judgement, Status, TraceJudgement
 from driftprobe.report.facts import all_prompts, sharper, sort_cells
@@ -137,10 +137,11 @@ def guilty_arms(judged: TraceJudgement) -> list[str]:
 def control_bands(trace: Trace, guilty: Sequence[str]) -> Bands:
     """Return what innocent control arms drift by at each place; repetitions are left out, they show no rounding."""
     bands: Bands = {}
+    arms = by_arm(trace)
     for arm in sorted({record.arm for record in trace.records}):
         if not is_control(arm) or arm.endswith("'") or arm in guilty:
             continue
-        for found in pair(trace, repeated(arm), arm, NoPayloads()).matched:
+        for found in pair_arms(arms, repeated(arm), arm, NoPayloads()).matched:
             where, drift = (found.reference.layer, found.reference.tensor), found.drift.value
             if drift is not None:
                 low, high = bands.get(where, (drift, drift))

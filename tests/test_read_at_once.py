@@ -1,0 +1,81 @@
+"""A trace that is read at once is the one that its lines give one by one, and anything amiss is left to them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from driftprobe.load import load_traces, read_at_once
+from driftprobe.pack import pack_folder
+from driftprobe.scan import BUILT
+from driftprobe.trace import Record, Top, TraceWriter, read_trace
+from make_trace import both, drifting, put, rows, toy, write
+from test_quick import SPOILED, jittered, written
+
+pytestmark = pytest.mark.skipif(not BUILT, reason="driftprobe._scan is not built here: it needs a C compiler")
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_it_is_the_trace_that_its_lines_give(name: str, tmp_path: Path) -> None:
+    trace, _ = toy(both(jittered(1e-6, ("D",), 0.3), drifting(1e-2, start=(1, "q_rope"))), steps=2, mode="kv_aligned")
+    (path,) = written(tmp_path, trace, spoil=SPOILED[name]).iterdir()
+    at_once, by_lines = read_at_once(path), read_trace(path)
+    assert at_once == by_lines
+    assert at_once is not None
+    assert list(map(hash, at_once.records)) == list(map(hash, by_lines.records))
+    assert [repr(record) for record in at_once.records] == [repr(record) for record in by_lines.records]  # −0.0 too
+
+
+def more(record: Record) -> Record:
+    """A record with what a row has no place for."""
+    if record.tensor == "x_out":
+        return replace(record, top=Top(ids=(3, 1), values=(2.0, -1.0), logsumexp=2.5))
+    return replace(record, payload=f"payloads/x.safetensors#{record.tensor}") if record.rows else record
+
+
+def test_tops_and_the_payloads_of_caches_are_there(tmp_path: Path) -> None:
+    trace, _ = toy(steps=2)
+    (path,) = written(tmp_path, trace, spoil=more).iterdir()
+    at_once = read_at_once(path)
+    assert at_once is not None and at_once == read_trace(path)
+    assert any(record.top is not None for record in at_once.records)
+    assert any(record.payload is not None and record.rows for record in at_once.records)
+
+
+def test_a_key_that_is_there_twice_is_left_to_the_lines(tmp_path: Path) -> None:
+    trace, _ = toy(steps=1)
+    twice = [*trace.records, replace(trace.records[5], hash="0x" + "0" * 16)]
+    path = tmp_path / trace.path
+    with TraceWriter(path, trace.header) as writer:
+        for record in twice:
+            writer._checks._keys.clear()  # a writer that does not look
+            writer.record(record)
+    assert read_at_once(path) is None
+    with pytest.raises(Exception, match="duplicated key"):
+        load_traces(tmp_path)
+
+
+@pytest.mark.parametrize("amiss", ["no end", "a changed line", "a stranger's"])
+def test_anything_amiss_is_left_to_the_lines(amiss: str, tmp_path: Path) -> None:
+    path = write(tmp_path)
+    lines = rows(path)
+    if amiss == "no end":
+        put(path, *lines[:-1])
+    elif amiss == "a changed line":
+        lines[3]["nz_count"] = 1
+        put(path, *lines)
+    else:
+        path.write_text(json.dumps({"prompt": "p", "phase": "decode", "layer": 0, "tensor": "q_proj", "hash": "0x1"}))
+    assert read_at_once(path) is None
+
+
+def test_a_packed_trace_is_held_to_its_digest_line_by_line(tmp_path: Path) -> None:
+    pytest.importorskip("polars")
+    path = write(tmp_path)
+    before = load_traces(tmp_path)
+    pack_folder(tmp_path)
+    assert read_at_once(path.with_suffix(".parquet")) is None
+    assert load_traces(tmp_path) == before
