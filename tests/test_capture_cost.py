@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 import models  # noqa: E402
 from driftprobe import probe  # noqa: E402
 from driftprobe.capture import CaptureOptions, capture, choose_tokens  # noqa: E402
-from driftprobe.engines.hf import HFEngine, attention, engine, host  # noqa: E402
-from driftprobe.engines.hf.heard import Rows  # noqa: E402
+from driftprobe.engines.hf import HFEngine, attention, cutting, engine, host  # noqa: E402
+from driftprobe.engines.hf.heard import Heard, Rows  # noqa: E402
 from driftprobe.errors import EngineError, ModelError, OutputError, UsageError  # noqa: E402
 from driftprobe.plan import Mode, Plan, Prompt, make_plan  # noqa: E402
 from driftprobe.trace import Trace, TraceWriter, read_trace  # noqa: E402
@@ -108,6 +109,7 @@ def test_nothing_waits_for_the_device_inside_a_call(
     subject, way = HFEngine(model), Counting()
     expected = everything(captured(subject, tmp_path / "cpu").parent)
     monkeypatch.setattr(engine, "transfer_for", lambda _device: way)
+    monkeypatch.setattr(cutting, "ends_on_host", cutting.ends_on_device)
     counted: list[Counter[str]] = []
     forward = model.forward
 
@@ -248,3 +250,17 @@ def test_a_decode_step_runs_no_copy_for_what_is_lent(monkeypatch: pytest.MonkeyP
     arm = next(arm for arm in plan.arms if arm.name == "D")
     assert len(list(subject.run(arm, tokens, frozenset(range(3))))) > 5
     assert not copies["copy"]
+
+
+def test_what_was_heard_goes_when_its_call_is_handed_out(tmp_path: Path) -> None:
+    """Cache rows of a long prompt must not wait for a collection: the command line collects seldom."""
+    subject = HFEngine(models.build("llama"))
+    plan, tokens = planned(subject)
+    gc.collect()
+    gc.disable()
+    try:
+        capture(plan, subject, tokens, tmp_path, CaptureOptions(payload="none"), lambda _line: None)
+        left = [each for each in gc.get_objects() if type(each) is Heard]
+    finally:
+        gc.enable()
+    assert left == []

@@ -270,6 +270,7 @@ class HFEngine:
             output = self._forward(token_ids[call.start : call.stop], call.start, cache, beside=beside)
             spy.take((None, "logits"), output.logits)
         spy.finish(heard)
+        heard.layer_done = None  # else the two would hold each other, and all that was heard, until a collection
         return out
 
     def _forward(self, token_ids: Sequence[int], start: int, cache: Any, *, beside: bool = False) -> Any:
