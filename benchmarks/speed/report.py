@@ -147,8 +147,8 @@ def _analysis(found: Found) -> list[str]:
 
 def _long(found: Found) -> list[str]:
     return [
-        f"A decode step on a filled cache, every K and V row hashed; {LAYERS} layers × {HIDDEN}. Most of the peak is the "
-        f"model's own: its logits of the prefill are tokens × {VOCABULARY} × 4 bytes.",
+        f"A decode step on a filled cache, every K and V row hashed; {LAYERS} layers × {HIDDEN}. Most of the peak is "
+        f"the model's own: its logits of the prefill are tokens × {VOCABULARY} × 4 bytes.",
         "",
         row(["tokens", "rows", "seconds", "µs a row", "trace MB", "peak MB"]),
         "|---|---|---|---|---|---|",
