@@ -258,6 +258,11 @@ def test_a_large_drift_that_what_reads_it_does_not_show():
     shut(judged(both(wrong, at("D'", 0, "q_proj", lambda x: scaled(x, 0.5)))), "plausible", "layer 0 q_proj")
 
 
+def test_a_large_drift_that_the_next_layer_does_not_show():
+    wrong = at("D", 0, "x_out", lambda x: scaled(x, 0.5))
+    shut(judged(both(wrong, at("D", 1, "mlp_out", lambda x: scaled(x, 0.5)))), "plausible", "layer 0 x_out")
+
+
 def test_a_large_drift_at_the_last_tap_of_all_is_plausible():
     found = judged(drifting(0.1, ("D", "D'"), (None, "logits")))
     assert found.verdict is Verdict.MISMATCH

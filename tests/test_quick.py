@@ -18,7 +18,8 @@ from driftprobe.fingerprint import Array
 from driftprobe.judgement import Judgement, Status, TraceJudgement, Verdict
 from driftprobe.load import load_traces
 from driftprobe.quick import Quick, load_quickly
-from driftprobe.scan import BUILT
+from driftprobe.scan import BUILT, read_columns
+from driftprobe.thin import thin
 from driftprobe.trace import Record, Trace, TraceWriter
 from make_trace import Change, Site, both, drifting, scaled, toy, unchanged, without
 
@@ -206,3 +207,12 @@ def test_a_small_trace_is_not_thinned(tmp_path):
     quick = Quick(1 << 30)
     assert load_quickly(written(tmp_path, trace), None, quick) == load_traces(tmp_path)
     assert not quick.ready
+
+
+@pytest.mark.parametrize("more", [{"order": 5}, {"payload": "payloads/x.safetensors#n"}])
+def test_what_a_row_has_no_place_for_is_never_thinned(more, tmp_path):
+    trace, _ = toy(steps=2)
+    (path,) = written(tmp_path, trace, spoil=lambda r: replace(r, **more) if r.tensor == "k_cache" else r).iterdir()
+    columns = read_columns(path)
+    assert columns is not None and columns.odd
+    assert thin(columns) is None

@@ -54,3 +54,14 @@ def test_every_public_name_is_there() -> None:
     assert set(driftprobe.__all__) <= set(dir(driftprobe))
     with pytest.raises(AttributeError, match="no attribute 'prob'"):
         driftprobe.prob  # noqa: B018
+
+
+def test_a_verdict_on_the_terminal_loads_no_page_and_no_fault_dictionary(traces: Path) -> None:
+    script = SCRIPT.replace('name.partition(".")[0]', "name")
+    done = subprocess.run(
+        [sys.executable, "-c", script, "analyze", str(traces)], capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stderr.splitlines())
+    assert {"driftprobe.verdict", "driftprobe.cli.show"} <= loaded
+    assert not loaded & {"jinja2", "polars", "driftprobe.report.html", "driftprobe.report.final_report",
+                         "driftprobe.report.junit", "driftprobe.hypotheses", "rich.progress"}  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from driftprobe.compare import NoPayloads, pair
+from driftprobe.compare import NoPayloads, by_arm, pair_arms
 from driftprobe.floor import LIMIT
 from driftprobe.judgement import Cell, Judgement, Reading, RowCheck, Status, TraceJudgement
 from driftprobe.report.facts import (
@@ -157,8 +157,9 @@ def _seq_len_drift(usable: Sequence[TraceJudgement], traces: Sequence[Trace]) ->
     drifts = [
         item.drift.value
         for trace in seen
+        for arms in (by_arm(trace),)
         for arm in sorted({r.arm for r in trace.records if r.phase == "prefill_ext"})
-        for item in pair(trace, "P", arm, NoPayloads()).matched
+        for item in pair_arms(arms, "P", arm, NoPayloads()).matched
         if item.drift.value is not None
     ]
     if not drifts:
