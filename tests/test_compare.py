@@ -279,6 +279,14 @@ def test_infinities_of_two_signs_are_infinitely_far():
     assert exact_drift(np.array([1.0, INF]), np.array([1.0, -INF])).value == INF
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_difference_beyond_float64_is_infinite_and_no_pass():
+    p, d = np.array([1.7e308, 1.0]), np.array([-1.7e308, 1.0])
+    assert exact_drift(p, d).value == INF
+    left, right = two(p, d, *MOMENTS, "sketch")
+    assert drift_between(left, right, NoPayloads()).value == INF
+
+
 # ---- max_abs and ulp
 
 

@@ -278,7 +278,8 @@ def _sketched_drifts(pairs: Sequence[tuple[Record, Record]]) -> list[Drift]:
     for start in range(0, len(pairs), _TOGETHER):
         block = pairs[start : start + _TOGETHER]
         p, d = (np.array([both[side].sketch for both in block], dtype=np.float64) for side in (0, 1))
-        gaps = _norms(d - p)
+        with np.errstate(over="ignore", invalid="ignore"):
+            gaps = _norms(d - p)
         for index, (reference, _) in enumerate(block):
             size = l2_norm(p[index]) if reference.l2 is None else reference.l2
             found.append(Drift(ratio(gaps[index], size), "sketch"))
@@ -346,12 +347,15 @@ def exact_drift(reference: Array, candidate: Array) -> Drift:
     if not (np.isfinite(p) & np.isfinite(d) | alike).all():
         return Drift(math.inf, "payload", math.inf, math.inf)
     finite = np.isfinite(p)
-    gaps: Float64 = np.where(alike, 0.0, np.where(finite, d, 0.0) - np.where(finite, p, 0.0))
+    with np.errstate(over="ignore"):  # ratio knows
+        gaps: Float64 = np.where(alike, 0.0, np.where(finite, d, 0.0) - np.where(finite, p, 0.0))
     worst = int(np.abs(gaps).argmax()) if gaps.size else 0
     largest = float(np.abs(gaps[worst])) if gaps.size else 0.0
     scale = float(np.abs(p[finite]).max()) if finite.any() else 0.0
+    with np.errstate(invalid="ignore"):
+        distance = l2_norm(gaps)
     return Drift(
-        ratio(l2_norm(gaps), l2_norm(p[finite])),
+        ratio(distance, l2_norm(p[finite])),
         "payload",
         max_abs=largest,
         ulp=ratio(largest, _ulp(scale, reference.dtype)),
@@ -360,10 +364,10 @@ def exact_drift(reference: Array, candidate: Array) -> Drift:
 
 
 def ratio(distance: float, size: float) -> float:
-    """Return distance/size, with 0/0 = 0 and x/0 = inf."""
+    """Return distance/size, with 0/0 = 0 and x/0 = inf; a distance beyond float64, which comes as NaN, is inf too."""
     if distance == 0.0:
         return 0.0
-    return distance / size if size > 0.0 else math.inf
+    return distance / size if size > 0.0 and not math.isnan(distance) else math.inf
 
 
 def _same_dtype(left: Record, right: Record) -> bool:
