@@ -30,7 +30,8 @@ import numpy as np
 
 from driftprobe.pack import pack_folder
 from driftprobe.taps import TAPS, Scope
-from driftprobe.trace import Checks, EngineFacts, Header, PlannedRead, encode_line
+from driftprobe.trace import EngineFacts, Header, PlannedRead, encode_line
+from driftprobe.trace_file import Checks
 
 ARMS = {"P": "prefill_last", "D": "decode", "P'": "prefill_last", "D'": "decode", "E1": "prefill_ext",
         "N1": "prefill_noise"}  # fmt: skip

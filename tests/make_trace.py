@@ -12,7 +12,8 @@ import numpy as np
 from driftprobe.errors import DriftprobeError
 from driftprobe.fingerprint import Array, fingerprint, row_hashes
 from driftprobe.taps import CACHE_TAPS, ExecutionOrder, execution_order
-from driftprobe.trace import EngineFacts, Event, Header, PlannedRead, Record, Top, Trace, TraceWriter
+from driftprobe.trace import EngineFacts, Event, Header, PlannedRead, Record, Top, Trace
+from driftprobe.trace_file import TraceWriter
 
 ARMS = {"P": "prefill_last", "D": "decode0", "P'": "prefill_last", "D'": "decode0", "E1": "prefill_ext"}
 TAPS: tuple[tuple[int | None, str], ...] = ((None, "embed"), (0, "q_proj"), (0, "k_cache"), (None, "logits"))

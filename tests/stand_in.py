@@ -15,7 +15,8 @@ import numpy as np
 
 from driftprobe.capture import top_of
 from driftprobe.fingerprint import SKETCH_SIZE, fingerprint
-from driftprobe.trace import EngineFacts, Event, Header, Record, TraceWriter
+from driftprobe.trace import EngineFacts, Event, Header, Record
+from driftprobe.trace_file import TraceWriter
 
 WIDTH, VOCABULARY = 8, 32
 

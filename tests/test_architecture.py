@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import driftprobe
-from driftprobe.trace import TraceWriter
+from driftprobe.trace_file import TraceWriter
 from make_trace import drifting, toy
 
 PACKAGE = Path(driftprobe.__file__).parent
@@ -27,6 +27,7 @@ LADDER = (
     {"fingerprint"},
     {"trace_checks", "written"},
     {"trace"},
+    {"trace_file"},
     {"plan", "payload", "boundaries", "columns"},
     {"compare", "scan", "seal", "relined"},
     {"packed"},

@@ -22,7 +22,8 @@ from driftprobe.engines.hf import HFEngine, attention, cutting, engine, host  # 
 from driftprobe.engines.hf.heard import Heard, Rows  # noqa: E402
 from driftprobe.errors import EngineError, ModelError, OutputError, UsageError  # noqa: E402
 from driftprobe.plan import Mode, Plan, Prompt, make_plan  # noqa: E402
-from driftprobe.trace import Trace, TraceWriter, read_trace  # noqa: E402
+from driftprobe.trace import Trace  # noqa: E402
+from driftprobe.trace_file import TraceWriter, read_trace  # noqa: E402
 
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item")
 """Ops whose result, or its size, the host must know: on an accelerator it waits for the device."""

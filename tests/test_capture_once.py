@@ -17,7 +17,7 @@ from driftprobe.capture import CaptureOptions, capture, capture_once, choose_tok
 from driftprobe.engines.hf import HFEngine  # noqa: E402
 from driftprobe.options import RunOptions, make_plans  # noqa: E402
 from driftprobe.plan import Mode, Plan, Prompt, at_rung, together  # noqa: E402
-from driftprobe.trace import read_trace  # noqa: E402
+from driftprobe.trace_file import read_trace  # noqa: E402
 
 PROMPTS = [Prompt("p ä", tuple(models.tokens(17)), 'text "payload":"payloads/p'), Prompt("q", tuple(models.tokens(3)))]
 MODES = (Mode.AS_DESIGNED, Mode.KV_ALIGNED)

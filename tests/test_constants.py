@@ -16,7 +16,8 @@ from driftprobe.errors import TraceError
 from driftprobe.judgement import Verdict
 from driftprobe.payload import Payloads, write_payloads
 from driftprobe.prune import prune_payloads
-from driftprobe.trace import Record, Trace, TraceWriter, read_trace
+from driftprobe.trace import Record, Trace
+from driftprobe.trace_file import TraceWriter, read_trace
 from driftprobe.validate import validate
 from driftprobe.verdict import judge_trace
 from make_trace import Change, drifting, toy, unchanged

@@ -20,7 +20,8 @@ from driftprobe.fingerprint import DTYPES, Array, fields_and_rows
 from driftprobe.lines import Extra, LineMaker
 from driftprobe.plan import Phase, Read
 from driftprobe.taps import CACHE_TAPS
-from driftprobe.trace import CONSTANTS, Record, Top, line_of
+from driftprobe.trace import CONSTANTS, Record, Top
+from driftprobe.trace_file import line_of
 
 pytestmark = pytest.mark.skipif(not lines.BUILT, reason="the core is not built here, or has no integers of 128 bits")
 READ = Read("D", Phase.DECODE, 3, 2)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import make_trace
-from driftprobe import trace
+from driftprobe import trace_file
 from driftprobe.errors import TraceError
 from driftprobe.load import load_traces, survey, traces_folder
 from driftprobe.trace import Record, Trace
@@ -263,7 +263,7 @@ def test_a_file_without_a_record_is_refused(tmp_path, text):
 
 
 def test_a_finished_trace_without_a_record_is_refused(tmp_path):
-    with trace.TraceWriter(tmp_path / "t.jsonl", make_trace.header()):
+    with trace_file.TraceWriter(tmp_path / "t.jsonl", make_trace.header()):
         pass
     refused(tmp_path, "nothing in the file is a record", "t.jsonl")
 
@@ -337,7 +337,7 @@ def test_a_strangers_trace_that_is_cut_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["p0_trace.jsonl", "p0_as_designed.jsonl"])
 def test_a_line_of_endless_length_is_refused(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(trace, "MAX_LINE", 200)
+    monkeypatch.setattr(trace_file, "MAX_LINE", 200)
     first = loose() if "trace" in name else {"type": "header"} | json.loads('{"prompt": "p0"}')
     make_trace.put(tmp_path / name, first, loose(note="x" * 300))
     with pytest.raises(TraceError):

@@ -16,7 +16,8 @@ import pytest
 from driftprobe.fingerprint import fingerprint, row_hashes
 from driftprobe.payload import Payloads
 from driftprobe.taps import TAPS, Scope
-from driftprobe.trace import CONSTANTS, Trace, read_trace
+from driftprobe.trace import CONSTANTS, Trace
+from driftprobe.trace_file import read_trace
 from driftprobe.validate import validate
 from native_header import (
     BAD_ARGUMENT,

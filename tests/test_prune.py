@@ -12,7 +12,8 @@ from driftprobe.fingerprint import Array
 from driftprobe.judgement import Status, TraceJudgement, Verdict
 from driftprobe.payload import FOLDER, Payloads, write_payloads
 from driftprobe.prune import KEPT_FROM, prune_payloads
-from driftprobe.trace import Trace, TraceWriter, read_trace
+from driftprobe.trace import Trace
+from driftprobe.trace_file import TraceWriter, read_trace
 from driftprobe.validate import validate
 from driftprobe.verdict import judge_trace
 from make_trace import CONTROLS, Change, both, drifting, rotated, scaled, toy, unchanged

@@ -14,7 +14,8 @@ from driftprobe.accepted import read_accepted
 from driftprobe.errors import UsageError
 from driftprobe.expect import NotEquivalentError, assert_equivalent
 from driftprobe.pytest_plugin import folder_name
-from driftprobe.trace import Trace, TraceWriter
+from driftprobe.trace import Trace
+from driftprobe.trace_file import TraceWriter
 from make_trace import assert_five_parts
 from report_traces import broken_from, prompt_trace, same
 

@@ -20,7 +20,8 @@ from driftprobe.load import load_traces
 from driftprobe.quick import Quick, load_quickly
 from driftprobe.scan import BUILT, read_columns
 from driftprobe.thin import thin
-from driftprobe.trace import Record, Trace, TraceWriter
+from driftprobe.trace import Record, Trace
+from driftprobe.trace_file import TraceWriter
 from make_trace import Change, Site, both, drifting, scaled, toy, unchanged, without
 
 pytestmark = pytest.mark.skipif(not BUILT, reason="driftprobe._scan is not built here: it needs a C compiler")

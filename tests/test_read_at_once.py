@@ -11,7 +11,8 @@ import pytest
 from driftprobe.load import load_traces, read_at_once
 from driftprobe.pack import pack_folder
 from driftprobe.scan import BUILT
-from driftprobe.trace import Record, Top, TraceWriter, read_trace
+from driftprobe.trace import Record, Top
+from driftprobe.trace_file import TraceWriter, read_trace
 from make_trace import both, drifting, put, rows, toy, write
 from test_quick import SPOILED, jittered, written
 

@@ -17,7 +17,7 @@ from driftprobe.remote import run_there
 from driftprobe.remote_archive import unpack
 from driftprobe.remote_scripts import PREPARE
 from driftprobe.remote_ssh import Connection
-from driftprobe.trace import TraceWriter
+from driftprobe.trace_file import TraceWriter
 from make_trace import drifting, toy
 from node import driftprobe_there, sshd
 from test_engine_command import described

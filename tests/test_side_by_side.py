@@ -15,7 +15,8 @@ from driftprobe.errors import OutputError, UsageError
 from driftprobe.extents import BY_HASH, NO_CONTROL, NOT_KEPT
 from driftprobe.judgement import Verdict
 from driftprobe.payload import payload_file, write_payloads
-from driftprobe.trace import FAILED, Event, Trace, TraceWriter
+from driftprobe.trace import FAILED, Event, Trace
+from driftprobe.trace_file import TraceWriter
 from make_trace import Change, both, drifting, toy, unchanged, without
 
 

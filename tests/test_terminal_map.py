@@ -99,7 +99,7 @@ def test_open_shows_the_page_in_the_browser(tmp_path: object, monkeypatch: pytes
     from pathlib import Path
 
     from driftprobe.cli import group
-    from driftprobe.trace import TraceWriter
+    from driftprobe.trace_file import TraceWriter
 
     folder = Path(str(tmp_path))
     trace, _ = toy(CHANGES["rounding"])

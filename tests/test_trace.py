@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import make_trace
-from driftprobe import trace
+from driftprobe import trace_file
 from driftprobe.errors import OutputError, TraceError
-from driftprobe.trace import Event, Footer, Header, Record, Top, TraceWriter, encode_line, read_trace, scan
+from driftprobe.trace import Event, Footer, Header, Record, Top, encode_line
 from driftprobe.trace_checks import json_object
+from driftprobe.trace_file import TraceWriter, read_trace, scan
 
 Body = dict[str, object]
 
@@ -150,7 +151,7 @@ def test_bytes_that_are_not_utf_8_are_refused(tmp_path):
 def test_a_line_of_endless_length_is_refused_before_it_is_read(tmp_path, monkeypatch):
     path = make_trace.write(tmp_path)
     longest = max(map(len, path.read_bytes().splitlines(keepends=True)))
-    monkeypatch.setattr(trace, "MAX_LINE", longest)
+    monkeypatch.setattr(trace_file, "MAX_LINE", longest)
     assert read_trace(path).damage == ""
     spoil(path, 3, source="x" * longest)
     refused(path, "line too long", 3, f"over {longest} bytes")

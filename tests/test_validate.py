@@ -12,7 +12,8 @@ import pytest
 import make_trace
 from driftprobe.errors import TraceError
 from driftprobe.payload import write_payloads
-from driftprobe.trace import Header, Problem, Record, TraceWriter
+from driftprobe.trace import Header, Record
+from driftprobe.trace_file import Problem, TraceWriter
 from driftprobe.validate import validate
 
 

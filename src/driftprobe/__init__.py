@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from driftprobe.load import load_traces
     from driftprobe.paths import probe_paths
     from driftprobe.selftest import self_test
-    from driftprobe.trace import read_trace as load_trace
+    from driftprobe.trace_file import read_trace as load_trace
 
 __all__ = [
     "DriftprobeError",
@@ -44,7 +44,7 @@ _HOMES = {
     "Verdict": "judgement",
     "analyze": "api",
     "assert_equivalent": "expect",
-    "load_trace": "trace:read_trace",
+    "load_trace": "trace_file:read_trace",
     "load_traces": "load",
     "probe": "api",
     "probe_paths": "paths",

@@ -1,7 +1,7 @@
 /* The scanner of records: plain C, without Python, so that a fuzzer can drive it. _scan.c gives it to Python.
  *
  * A line is taken only if it can be read in one way and needs no second look: a flat record with the fields below, none
- * twice, plain ASCII strings without escapes, numbers of JSON. Any other line is left to trace.py, which understands or
+ * twice, plain ASCII strings without escapes, numbers of JSON. Any other line is left to trace_file.py, which understands or
  * refuses it. Nothing is read beyond the given length. SPDX-License-Identifier: Apache-2.0 */
 #ifndef DRIFTPROBE_RECORDS_H
 #define DRIFTPROBE_RECORDS_H

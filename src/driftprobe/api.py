@@ -44,7 +44,8 @@ from driftprobe.report import inline, reasoning, render_all
 from driftprobe.report.text import count
 from driftprobe.side_by_side import side_of, write_comparison
 from driftprobe.taps import place
-from driftprobe.trace import Record, Trace, read_header, read_trace
+from driftprobe.trace import Record, Trace
+from driftprobe.trace_file import read_header, read_trace
 from driftprobe.verdict import base_traces, judge, judge_trace
 
 Prompts = Mapping[str, Source] | Iterable[Source]

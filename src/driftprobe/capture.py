@@ -21,19 +21,8 @@ from driftprobe.lines import NOTHING, Extra, LineMaker
 from driftprobe.payload import payload_file, write_payloads
 from driftprobe.plan import Arm, Plan, sequence, tokens_needed
 from driftprobe.taps import CACHE_TAPS, SCORE_TAPS
-from driftprobe.trace import (
-    CONSTANTS,
-    COST,
-    KNOB_FAILED,
-    Event,
-    Header,
-    Line,
-    PlannedRead,
-    Record,
-    Top,
-    TraceWriter,
-    line_of,
-)
+from driftprobe.trace import CONSTANTS, COST, KNOB_FAILED, Event, Header, PlannedRead, Record, Top
+from driftprobe.trace_file import Line, TraceWriter, line_of
 
 PAYLOAD_ARMS = "PDATE"
 """First letters of the arms whose tensors are kept whole: the rest, P', D' and N, are judged by their sketches."""

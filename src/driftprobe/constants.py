@@ -12,8 +12,9 @@ from pathlib import Path
 from driftprobe.engines.base import Constant
 from driftprobe.fingerprint import Array, fields_and_rows
 from driftprobe.payload import Payloads, payload_file, write_payloads
-from driftprobe.trace import CONSTANTS, Header, Record, Trace, TraceWriter
+from driftprobe.trace import CONSTANTS, Header, Record, Trace
 from driftprobe.trace_checks import CONSTANT_PHASE
+from driftprobe.trace_file import TraceWriter
 
 BUDGET = 256 * 1024 * 1024
 """Bytes of the largest set of matrices that is added to one trace."""

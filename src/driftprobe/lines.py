@@ -16,8 +16,9 @@ from driftprobe.engines.base import Tapped
 from driftprobe.fingerprint import dtype_name, for_core
 from driftprobe.plan import Read
 from driftprobe.taps import CACHE_TAPS
-from driftprobe.trace import Line, Record, Top
+from driftprobe.trace import Record, Top
 from driftprobe.trace_checks import CONSTANT_ARM, Fault, record_faults
+from driftprobe.trace_file import Line
 
 try:
     from driftprobe import _core as core

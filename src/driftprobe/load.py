@@ -19,8 +19,9 @@ from driftprobe.errors import TraceError
 from driftprobe.packed import ENDING, read_packed
 from driftprobe.scan import read_columns
 from driftprobe.taps import BY_NAME, Scope
-from driftprobe.trace import EngineFacts, Header, Lines, Problem, Record, Trace, lines, read_header, scan, too_long
+from driftprobe.trace import EngineFacts, Header, Record, Trace
 from driftprobe.trace_checks import json_object, name_fault, statistic_faults
+from driftprobe.trace_file import Lines, Problem, lines, read_header, scan, too_long
 
 DEFAULT_MODE = "as_designed"
 ALIGNED_MODE = "kv_aligned"

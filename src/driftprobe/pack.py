@@ -20,7 +20,8 @@ from driftprobe.load import traces_folder
 from driftprobe.packed import AT_A_TIME, ENDING, pack, read_packed
 from driftprobe.relined import joined_lines, split
 from driftprobe.scan import BUILT, GivenUpError, Scanning
-from driftprobe.trace import Header, read_header, too_long
+from driftprobe.trace import Header
+from driftprobe.trace_file import read_header, too_long
 
 LINES = ".jsonl"
 

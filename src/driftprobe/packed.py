@@ -21,7 +21,8 @@ from driftprobe.fingerprint import SKETCH_BLOCK
 from driftprobe.relined import joined_lines, split
 from driftprobe.scan import MAX_ODD, GivenUpError, Parts, columns_of
 from driftprobe.seal import OPEN, is_sealed, seal
-from driftprobe.trace import Checks, Event, Footer, Header, Problem, Record
+from driftprobe.trace import Event, Footer, Header, Record
+from driftprobe.trace_file import Checks, Problem
 
 Table = Any
 """A DataFrame of polars, which may not be installed where types are checked."""
@@ -267,7 +268,7 @@ def packed_columns(path: Path) -> Columns | None:
 
 
 class _Reading:
-    """The lines of a packed file that are no plain records, read by trace.py."""
+    """The lines of a packed file that are no plain records, read by trace_file.py."""
 
     def __init__(self, path: Path, packed: Packed) -> None:
         self.packed, self.name = packed, path.with_suffix(".jsonl").name

@@ -37,9 +37,9 @@ from driftprobe.trace import (
     Header,
     PlannedRead,
     Record,
-    TraceWriter,
 )
 from driftprobe.trace_checks import name_fault
+from driftprobe.trace_file import TraceWriter
 
 if TYPE_CHECKING:
     from driftprobe.engines.hf.paths import Compared, PathEngine, Row

@@ -13,7 +13,8 @@ from driftprobe.judgement import Cell, Failure, Status, TraceJudgement
 from driftprobe.local import Ground
 from driftprobe.payload import Payloads, write_payloads
 from driftprobe.taps import BY_NAME, CACHE_TAPS, linear_taps
-from driftprobe.trace import CONSTANTS, Line, Record, Trace, TraceWriter, encode_line, lines
+from driftprobe.trace import CONSTANTS, Record, Trace, encode_line
+from driftprobe.trace_file import Line, TraceWriter, lines
 
 _Where = tuple[int, int | None, str]
 

@@ -36,7 +36,8 @@ from driftprobe.remote_ssh import (
     shared_sockets,
     ssh_command,
 )
-from driftprobe.trace import Header, read_header
+from driftprobe.trace import Header
+from driftprobe.trace_file import read_header
 
 MAX_LOG, MAX_LINE = 64 << 20, 1 << 16
 """Bytes of the node's output that are kept here, and the longest line that is shown in one piece."""

@@ -1,7 +1,7 @@
-"""A trace file of ours into columns: the records by the compiled scanner, every other line by trace.py.
+"""A trace file of ours into columns: the records by the compiled scanner, every other line by trace_file.py.
 
 The scanner takes what can be read in one way only, and `read_columns` gives up where anything is not as it should be:
-trace.py then reads the file line by line, and says what is wrong.
+trace_file.py then reads the file line by line, and says what is wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from driftprobe.columns import FLOATS, INTEGERS, NONE, ROW, WORDS, Array, Columns, Rows, breaks_a_must
 from driftprobe.fingerprint import SKETCH_BLOCK
-from driftprobe.trace import MAX_LINE, Checks, Event, Header, Problem, Record, read_header
+from driftprobe.trace import Event, Header, Record
+from driftprobe.trace_file import MAX_LINE, Checks, Problem, read_header
 
 try:
     from driftprobe import _scan as scanner
@@ -29,7 +30,7 @@ BUILT = scanner is not None
 CHUNK = 1 << 20
 """Bytes that are read at a time: they are in the cache still when they are scanned and digested."""
 MAX_ODD = 4096
-"""Lines of a file that trace.py may have to read; beyond it columns save nothing."""
+"""Lines of a file that trace_file.py may have to read; beyond it columns save nothing."""
 
 
 class GivenUpError(Exception):
@@ -210,7 +211,7 @@ class _Reading:
 
 
 def columns_of(header: Header, parts: Parts, odd: dict[int, Record], events: tuple[Event, ...], name: str) -> Columns:
-    """Return what was read as columns, with the records that trace.py has read in their rows; raises GivenUpError.
+    """Return what was read as columns, with the records that trace_file.py has read in their rows; raises GivenUpError.
 
     `parts.sums` has room at its end for a sketch of each of them.
     """
@@ -237,7 +238,7 @@ MAX_LAYER = 1_000_000
 
 
 def row_of(record: Record, numbers: dict[str, int], sums: int) -> Any:
-    """Return the row of a record that trace.py has read; words that are new get a number. Raises GivenUpError.
+    """Return the row of a record that trace_file.py has read; words that are new get a number. Raises GivenUpError.
 
     Row hashes, a rank and a payload's name are left to the record itself.
     """

@@ -31,8 +31,8 @@ from driftprobe.trace import (
     PlannedRead,
     Record,
     Trace,
-    TraceWriter,
 )
+from driftprobe.trace_file import TraceWriter
 
 PHASES = {"prefill": "P", "decode": "D"}
 """What is compared, and the arm that holds it."""

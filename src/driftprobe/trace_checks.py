@@ -1,6 +1,7 @@
 """The MUSTs that a line shows by itself: JSON of one meaning, and fields that can all be true of one tensor.
 
-Pure functions; `trace.py` calls them for every line that is read or written. Numbers are those of docs/trace-format.md.
+Pure functions; `trace_file.py` calls them for every line that is read or written. Numbers are those of
+docs/trace-format.md.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from driftprobe.errors import TraceError
 from driftprobe.load import Loaded, survey
 from driftprobe.payload import Payloads
 from driftprobe.taps import BY_NAME, PATHS, TAPS, place
-from driftprobe.trace import CONSTANTS, Problem, Record, Trace
+from driftprobe.trace import CONSTANTS, Record, Trace
+from driftprobe.trace_file import Problem
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,8 @@ from driftprobe.fingerprint import CAST_ROUNDOFF, SKETCH_SIZE, UNIT_ROUNDOFF
 from driftprobe.payload import Payloads
 from driftprobe.plan import ARMS, KNOBS, Arm, Mode, Plan, Prompt
 from driftprobe.subprocesses import run_program
-from driftprobe.trace import CONSTANTS, FAILED, EngineFacts, Event, Record, Trace, read_trace
+from driftprobe.trace import CONSTANTS, FAILED, EngineFacts, Event, Record, Trace
+from driftprobe.trace_file import read_trace
 
 if sys.version_info >= (3, 11):
     import tomllib
