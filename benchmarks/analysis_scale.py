@@ -132,7 +132,7 @@ def _lines(shape: Shape, prompt: str, arm: str, step: int, seed: int) -> Iterato
 _JUDGE = """
 import json, resource, sys, time
 started = time.perf_counter()
-from driftprobe.api import analyze
+from driftprobe.result import analyze
 result = analyze(sys.argv[1], whole=False)
 wall = time.perf_counter() - started
 used = resource.getrusage(resource.RUSAGE_SELF)

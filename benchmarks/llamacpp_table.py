@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from driftprobe.api import Result, RunOptions, run
+from driftprobe.api import RunOptions, run
 from driftprobe.causes import agree
 from driftprobe.engines.llamacpp import LlamaCppEngine, open_engine
 from driftprobe.engines.llamacpp.context import Context, Model, Settings
@@ -35,6 +35,7 @@ from driftprobe.faults import find_fault
 from driftprobe.fingerprint import Array
 from driftprobe.judgement import Cell, TraceJudgement
 from driftprobe.plan import Mode, Prompt
+from driftprobe.result import Result
 from driftprobe.taps import place
 from tools.gguf_model import TYPES, random, tiny, write_gguf
 

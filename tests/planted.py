@@ -7,12 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from driftprobe.api import Result, run
+from driftprobe.api import run
 from driftprobe.engines.hf import HFEngine
 from driftprobe.faults import Expected
 from driftprobe.judgement import TraceJudgement
 from driftprobe.options import RunOptions
 from driftprobe.plan import Mode, Prompt
+from driftprobe.result import Result
 
 
 def with_fault(

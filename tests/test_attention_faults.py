@@ -9,11 +9,11 @@ transformers = pytest.importorskip("transformers")
 
 import models  # noqa: E402
 from driftprobe import probe  # noqa: E402
-from driftprobe.api import Result  # noqa: E402
 from driftprobe.causes import agree  # noqa: E402
 from driftprobe.engines.hf import HFEngine  # noqa: E402
 from driftprobe.errors import UsageError  # noqa: E402
 from driftprobe.faults import FAULTS  # noqa: E402
+from driftprobe.result import Result  # noqa: E402
 from test_engine_hf import KNOWN  # noqa: E402
 
 LENGTH = 19

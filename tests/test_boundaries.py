@@ -14,11 +14,11 @@ transformers = pytest.importorskip("transformers")
 
 import models  # noqa: E402
 from driftprobe import probe  # noqa: E402
-from driftprobe.api import Result  # noqa: E402
 from driftprobe.cli import group  # noqa: E402
 from driftprobe.engines.hf import HFEngine  # noqa: E402
 from driftprobe.engines.hf.cache import past_of  # noqa: E402
 from driftprobe.judgement import Verdict  # noqa: E402
+from driftprobe.result import Result  # noqa: E402
 from test_engine_hf import CLEAN, FIXED_CACHES  # noqa: E402
 from test_engine_hf_states import DRIVEN  # noqa: E402
 

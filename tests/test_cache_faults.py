@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 import models  # noqa: E402
 from driftprobe import analyze  # noqa: E402
-from driftprobe.api import Result, run  # noqa: E402
+from driftprobe.api import run  # noqa: E402
 from driftprobe.causes import agree  # noqa: E402
 from driftprobe.compare import NoPayloads  # noqa: E402
 from driftprobe.diagnose import diagnose  # noqa: E402
@@ -28,6 +28,7 @@ from driftprobe.judgement import Diagnosis, RowCheck, Verdict  # noqa: E402
 from driftprobe.options import RunOptions  # noqa: E402
 from driftprobe.plan import Mode  # noqa: E402
 from driftprobe.prompts import make_prompts  # noqa: E402
+from driftprobe.result import Result  # noqa: E402
 from driftprobe.row_causes import cause_of_rows  # noqa: E402
 from driftprobe.verdict import judge  # noqa: E402
 from make_trace import LENGTH, Site, toy, toy_values  # noqa: E402

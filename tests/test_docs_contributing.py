@@ -13,12 +13,12 @@ import pytest
 
 import driftprobe
 from driftprobe import explain, taps
-from driftprobe.api import Result
 from driftprobe.causes import CAUSES
 from driftprobe.engines import ENGINES
 from driftprobe.hypotheses import HYPOTHESES
 from driftprobe.options import RunOptions
 from driftprobe.plan import Mode, Prompt
+from driftprobe.result import Result
 from driftprobe.taps import BY_NAME, TAPS
 
 ROOT = Path(__file__).resolve().parents[1]

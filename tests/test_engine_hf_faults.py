@@ -9,10 +9,10 @@ transformers = pytest.importorskip("transformers")
 
 import models  # noqa: E402
 from driftprobe import probe  # noqa: E402
-from driftprobe.api import Result  # noqa: E402
 from driftprobe.engines.hf import HFEngine, open_engine  # noqa: E402
 from driftprobe.errors import UsageError  # noqa: E402
 from driftprobe.faults import FAULTS, Fault  # noqa: E402
+from driftprobe.result import Result  # noqa: E402
 from test_engine_hf import CLEAN, KNOWN, OLD  # noqa: E402
 
 TEXTS = {"n1": b"H", "n2": b"Hi", "n16": b"def main(argv):\n", "n32": b"A decoder reads a prompt in one."}

@@ -12,10 +12,11 @@ pytest.importorskip("transformers")
 
 import models
 from driftprobe import api, verdict
-from driftprobe.api import analyze, run
+from driftprobe.api import run
 from driftprobe.engines.hf import HFEngine
 from driftprobe.options import RunOptions
 from driftprobe.plan import Prompt
+from driftprobe.result import analyze
 
 PROMPTS = [Prompt("p", tuple(models.tokens(7)))]
 

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from driftprobe import quick as quick_module
 from driftprobe import scan as scan_module
-from driftprobe.api import analyze, compare
+from driftprobe.api import compare
 from driftprobe.cli import group
 from driftprobe.errors import DriftprobeError, OutputError, TraceError
 from driftprobe.load import lines_of, load_traces
 from driftprobe.pack import pack_folder, unpack_folder
 from driftprobe.packed import packed_columns, read_packed
+from driftprobe.result import analyze
 from driftprobe.scan import BUILT, read_columns
 from driftprobe.seal import OPEN, is_sealed, seal
 from driftprobe.validate import validate

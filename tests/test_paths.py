@@ -11,8 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from driftprobe import Verdict, probe_paths  # noqa: E402
-from driftprobe.api import Result  # noqa: E402
 from driftprobe.errors import EngineError, UsageError  # noqa: E402
+from driftprobe.result import Result  # noqa: E402
 from path_models import MIXERS, Convolution, Experts, Gru, InPlace, Recurrent, Toy, toy  # noqa: E402
 
 IDS = [7, 3, 11, 3, 29, 17, 41, 5, 2, 3, 19]

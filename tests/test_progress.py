@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from driftprobe.api import Step, analyze
 from driftprobe.cli.progress import PROGRESSES, progress
 from driftprobe.errors import UsageError
+from driftprobe.result import Step, analyze
 from make_trace import assert_five_parts
 from report_traces import prompt_trace, rounding
 from test_pytest_plugin import write
@@ -35,7 +35,8 @@ def test_each_trace_is_a_step_of_the_judgement(folder):
 def test_a_run_tells_its_arms_and_its_judgement(tmp_path):
     pytest.importorskip("transformers")
     from driftprobe.api import builtin_prompts, make_engine, run
-    from driftprobe.options import RunOptions, parse_mode
+    from driftprobe.options import RunOptions
+    from driftprobe.plan import parse_mode
 
     engine = make_engine("builtin:tiny", dtype=None, attn=None, tokenizer=None)
     options = RunOptions(modes=parse_mode("as_designed"), ladder="off", date="d")

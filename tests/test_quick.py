@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from driftprobe import quick as quick_module
-from driftprobe.api import analyze
 from driftprobe.fingerprint import Array
 from driftprobe.judgement import Judgement, Status, TraceJudgement, Verdict
 from driftprobe.load import load_traces
 from driftprobe.quick import Quick, load_quickly
+from driftprobe.result import analyze
 from driftprobe.scan import BUILT, read_columns
 from driftprobe.thin import thin
 from driftprobe.trace import Record, Trace

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from driftprobe.api import analyze, compare
+from driftprobe.api import compare
 from driftprobe.cli import group
 from driftprobe.errors import OutputError, UsageError
 from driftprobe.extents import BY_HASH, NO_CONTROL, NOT_KEPT
 from driftprobe.judgement import Verdict
 from driftprobe.payload import payload_file, write_payloads
+from driftprobe.result import analyze
 from driftprobe.trace import FAILED, Event, Trace
 from driftprobe.trace_file import TraceWriter
 from make_trace import Change, both, drifting, toy, unchanged, without

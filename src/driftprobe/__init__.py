@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from driftprobe.version import __version__
 
 if TYPE_CHECKING:
-    from driftprobe.api import Result, analyze, probe
+    from driftprobe.api import probe
     from driftprobe.errors import DriftprobeError
     from driftprobe.expect import assert_equivalent
     from driftprobe.judgement import Verdict
     from driftprobe.load import load_traces
     from driftprobe.paths import probe_paths
+    from driftprobe.result import Result, analyze
     from driftprobe.selftest import self_test
     from driftprobe.trace_file import read_trace as load_trace
 
@@ -40,9 +41,9 @@ __all__ = [
 ]
 _HOMES = {
     "DriftprobeError": "errors",
-    "Result": "api",
+    "Result": "result",
     "Verdict": "judgement",
-    "analyze": "api",
+    "analyze": "result",
     "assert_equivalent": "expect",
     "load_trace": "trace_file:read_trace",
     "load_traces": "load",

@@ -16,7 +16,7 @@ from driftprobe.accepted import MISMATCH, Accepted, Finding
 from driftprobe.errors import UsageError
 
 if TYPE_CHECKING:
-    from driftprobe.api import Result
+    from driftprobe.result import Result
 
 PASSING = ("NO_DRIFT", "STRUCTURAL_DRIFT")
 """The verdicts that an assertion holds with."""

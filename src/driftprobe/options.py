@@ -67,19 +67,6 @@ class Weighed(Protocol):
         ...
 
 
-def parse_mode(word: str) -> tuple[Mode, ...]:
-    """Return the modes of a word: `as_designed`, `kv_aligned` or `both`. Raises UsageError for another."""
-    if word == "both":
-        return tuple(Mode)
-    try:
-        return (Mode(word),)
-    except ValueError:
-        raise UsageError(
-            "unknown mode", where="--mode", measured=str(word), allowed="as_designed, kv_aligned, both",
-            next_step="choose one of them",
-        ) from None  # fmt: skip
-
-
 def make_plans(engine: Engine, prompts: Sequence[Prompt], options: RunOptions) -> list[Plan]:
     """Return all plans of a run, every option checked. Raises UsageError for the first that cannot be used."""
     _check_options(engine, options)

@@ -16,7 +16,7 @@ from datetime import date as calendar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from driftprobe.api import Result, finish
+from driftprobe.api import finish
 from driftprobe.artifacts import Layout, check_place, staged, write_reports
 from driftprobe.capture import top_of
 from driftprobe.constants import constant_record, tensor_name
@@ -25,6 +25,7 @@ from driftprobe.fingerprint import Array, fingerprint
 from driftprobe.options import LADDERS, MAX_SEED, PAYLOADS, rung_of
 from driftprobe.payload import payload_file, write_payloads
 from driftprobe.plan import NOISE_ARMS
+from driftprobe.result import Result
 from driftprobe.taps import CANDIDATE, PATHS, REFERENCE, place
 from driftprobe.trace import (
     CACHE_BEYOND,

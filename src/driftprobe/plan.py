@@ -36,6 +36,19 @@ class Mode(str, Enum):
     KV_ALIGNED = "kv_aligned"
 
 
+def parse_mode(word: str) -> tuple[Mode, ...]:
+    """Return the modes of a word: `as_designed`, `kv_aligned` or `both`. Raises UsageError for another."""
+    if word == "both":
+        return tuple(Mode)
+    try:
+        return (Mode(word),)
+    except ValueError:
+        raise UsageError(
+            "unknown mode", where="--mode", measured=str(word), allowed="as_designed, kv_aligned, both",
+            next_step="choose one of them",
+        ) from None  # fmt: skip
+
+
 class Phase(str, Enum):
     """How a token was computed. `DECODE` is written with its step: `decode0`, `decode1`…"""
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from driftprobe.api import analyze
 from driftprobe.artifacts import write_reports
 from driftprobe.cli.show import show
 from driftprobe.errors import DriftprobeError
+from driftprobe.result import analyze
 
 
 def main() -> int:

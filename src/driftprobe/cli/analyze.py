@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from driftprobe.api import analyze
 from driftprobe.cli.output import Output, output_options, tell
 from driftprobe.cli.progress import progress, quietly
+from driftprobe.result import analyze
 
 _EPILOG = """\b
 Examples:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from driftprobe.api import analyze
 from driftprobe.cli.progress import progress, quietly
 from driftprobe.difference import Difference, difference
 from driftprobe.load import traces_folder
 from driftprobe.report.difference import render_json, render_text
+from driftprobe.result import analyze
 from driftprobe.snapshot import Snapshot, snapshot
 
 _EPILOG = """\b

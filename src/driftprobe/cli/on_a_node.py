@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import click
 
-from driftprobe.api import Progress, Step, analyze
 from driftprobe.artifacts import write_reports
 from driftprobe.cli.output import OPTIONS, Output, tell
 from driftprobe.cli.progress import PROGRESS
@@ -17,6 +16,7 @@ from driftprobe.errors import UsageError
 from driftprobe.prompts import read_prompt_file
 from driftprobe.remote import plan_of, run_there
 from driftprobe.remote_ssh import Node, check_host
+from driftprobe.result import Progress, Step, analyze
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _OURS = {

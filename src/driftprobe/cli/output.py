@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 
-from driftprobe.api import Result
 from driftprobe.artifacts import written
 from driftprobe.cli.show import EXIT_CODES, EXPLAINED, open_page, show, show_map, show_reports
 from driftprobe.errors import UsageError
 from driftprobe.report.conclusion import next_command
 from driftprobe.report.facts import FILES
+from driftprobe.result import Result
 from driftprobe.verdict import base_traces
 
 _F = TypeVar("_F", bound=Callable[..., Any])

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from driftprobe.api import Progress as ToldStep
-from driftprobe.api import Step
 from driftprobe.errors import UsageError
+from driftprobe.result import Progress as ToldStep
+from driftprobe.result import Step
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from driftprobe.api import analyze
 from driftprobe.artifacts import write_reports
 from driftprobe.cli.show import open_page, show, show_reports
+from driftprobe.result import analyze
 
 _EPILOG = """\b
 Example:

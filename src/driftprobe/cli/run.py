@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from driftprobe.api import Result, builtin_prompts, find_boundaries, run
+from driftprobe.api import builtin_prompts, find_boundaries, run
 from driftprobe.artifacts import check_place, place_of, stage_of
 from driftprobe.boundaries import LONGEST, Boundaries
 from driftprobe.cli.engine_options import engine_options, opened
@@ -23,10 +23,11 @@ from driftprobe.cli.show import EXIT_CODES
 from driftprobe.engines.base import Engine
 from driftprobe.errors import UsageError
 from driftprobe.faults import find_fault
-from driftprobe.options import RunOptions, parse_mode
-from driftprobe.plan import Prompt
+from driftprobe.options import RunOptions
+from driftprobe.plan import Prompt, parse_mode
 from driftprobe.prompts import LENGTHS, boundary_prompts, make_prompt, make_prompts, read_prompt_file
 from driftprobe.remote_ssh import Node
+from driftprobe.result import Result
 
 _EPILOG = """\b
 Examples:

@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from driftprobe.api import Result
 from driftprobe.errors import TraceError
 from driftprobe.judgement import Impact, Judgement, ModeJudgement, Status, Verdict
 from driftprobe.report.facts import FILES
 from driftprobe.report.ladder import ladder_words
 from driftprobe.report.terminal_map import BEYOND, LEGEND, UNTOLD, terminal_map
+from driftprobe.result import Result
 from driftprobe.taps import PATHS
 
 EXIT_CODES = {

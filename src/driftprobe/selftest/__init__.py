@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from driftprobe.api import Result, builtin_prompts, make_engine, run
+from driftprobe.api import builtin_prompts, make_engine, run
 from driftprobe.artifacts import write_reports
 from driftprobe.causes import agree
 from driftprobe.engines.base import Engine
@@ -22,6 +22,7 @@ from driftprobe.faults import FAULTS, Expected, Fault
 from driftprobe.options import RunOptions
 from driftprobe.plan import Mode, Prompt
 from driftprobe.prompts import make_prompts
+from driftprobe.result import Result
 from driftprobe.selftest.render import reports
 from driftprobe.selftest.result import SelfTest, TapLimit, Trial, limits_of, where
 
