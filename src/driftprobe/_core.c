@@ -60,11 +60,10 @@ static int measure(const dp_tensor *t, size_t size, measured *m, dp__room *room)
     dp__rows rows;
     int64_t r, fused = m->hashed > 0 && dp__elements(t) > 0;
     memset(&rows, 0, sizeof rows);
-    if (!room || (fused && !(rows.state = XXH3_createState()))) return 0;
+    if (!room) return 0;
     if (fused) rows.hashes = m->hashes, rows.bytes = (size_t)(dp__elements(t) / m->hashed) * dp__dtypes[t->dtype].size;
     dp__measure(t, size, &m->print, m->sketch, fused ? &rows : NULL, room);
     for (r = 0; !fused && r < m->hashed; r++) m->hashes[r] = dp__row_hash(t, r, room);
-    if (rows.state) XXH3_freeState(rows.state);
     return 1;
 }
 
@@ -74,7 +73,7 @@ static PyObject *fingerprint_of(const dp_tensor *t, size_t size, measured *m) {
     size_t b;
     int done;
     Py_BEGIN_ALLOW_THREADS
-    room = dp__new_room();
+    room = dp__new_room(dp__elements(t), size);
     done = measure(t, size, m, room);
     dp__free_room(room);
     Py_END_ALLOW_THREADS
@@ -126,7 +125,7 @@ static PyObject *row_hashes(PyObject *self, PyObject *args) {
     hashes = (uint64_t *)malloc((size_t)(rows ? rows : 1) * sizeof *hashes);
     if (!hashes) return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
-    if ((room = dp__new_room()) != NULL)
+    if ((room = dp__new_room(dp__elements(&t), 0)) != NULL)
         for (r = 0; r < rows; r++) hashes[r] = dp__row_hash(&t, r, room);
     dp__free_room(room);
     Py_END_ALLOW_THREADS
@@ -258,9 +257,12 @@ static PyObject *lines_of(job *jobs, Py_ssize_t count, size_t size) {
     PyObject *found, *line;
     dp__room *room;
     Py_ssize_t i;
+    int64_t most = 0;
     int fault = 0;
     Py_BEGIN_ALLOW_THREADS
-    room = dp__new_room();
+    for (i = 0; i < count; i++)
+        if (dp__elements(&jobs[i].t) > most) most = dp__elements(&jobs[i].t);
+    room = dp__new_room(most, size);
     for (i = 0; i < count && !fault; i++)
         fault = !measure(&jobs[i].t, size, &jobs[i].m, room) ? 1 : !write_line(&jobs[i], size) ? 2 : 0;
     dp__free_room(room);
