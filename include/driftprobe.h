@@ -552,58 +552,21 @@ static const uint64_t dp__secret[24] = {
 #define DP__PRIME32_1 UINT64_C(0x9E3779B1)
 #define DP__PRIME64_1 UINT64_C(0x9E3779B185EBCA87)
 
-/* One stripe: the products of keyed halves, and the data itself, which belongs to the other lane of each pair: it is
- * swapped once, when all are added up. */
-DP__INLINE DP__AVX512 void dp__stripe512(__m512i *products, __m512i *data, const unsigned char *x, const unsigned char *secret) {
-    const __m512i v = _mm512_loadu_si512(x), key = _mm512_xor_si512(v, _mm512_loadu_si512(secret));
-    *products = _mm512_add_epi64(*products, _mm512_mul_epu32(key, _mm512_shuffle_epi32(key, _MM_PERM_CDAB)));
-    *data = _mm512_add_epi64(*data, v);
-}
-
-DP__INLINE DP__AVX512 void dp__four512(__m512i *products, __m512i *data, const unsigned char *x, const unsigned char *secret) {
-    dp__stripe512(products, data, x, secret), dp__stripe512(products, data, x + 64, secret + 8);
-    dp__stripe512(products, data, x + 128, secret + 16), dp__stripe512(products, data, x + 192, secret + 24);
-}
-
-DP__INLINE DP__AVX512 __m512i dp__scramble512(__m512i lanes) {
-    const __m512i prime = _mm512_set1_epi64((long long)DP__PRIME32_1);
-    lanes = _mm512_xor_si512(lanes, _mm512_srli_epi64(lanes, 47));
-    lanes = _mm512_xor_si512(lanes, _mm512_loadu_si512(dp__secret + 16));
-    return _mm512_add_epi64(_mm512_mul_epu32(lanes, prime),
-                            _mm512_slli_epi64(_mm512_mul_epu32(_mm512_srli_epi64(lanes, 32), prime), 32));
-}
-
-/* Add n stripes to the lanes, of which the first is number `at` in its block. */
-static DP__AVX512 void dp__stripes512(uint64_t *lanes, const unsigned char *x, size_t at, size_t n) {
-    __m512i sum = _mm512_loadu_si512(lanes);
-    while (n) {
-        const unsigned char *secret = (const unsigned char *)dp__secret + 8 * at;
-        const size_t take = DP__STRIPES - at < n ? DP__STRIPES - at : n;
-        __m512i products = _mm512_setzero_si512(), data = products; /* apart from `sum`: a scramble is waited for late */
-        size_t i = 0;
-        if (take == DP__STRIPES) {
-            dp__four512(&products, &data, x, secret), dp__four512(&products, &data, x + 256, secret + 32);
-            dp__four512(&products, &data, x + 512, secret + 64), dp__four512(&products, &data, x + 768, secret + 96);
-            i = DP__STRIPES;
-        }
-        for (; i < take; i++) dp__stripe512(&products, &data, x + 64 * i, secret + 8 * i);
-        sum = _mm512_add_epi64(sum, _mm512_add_epi64(products, _mm512_shuffle_epi32(data, _MM_PERM_BADC)));
-        if ((at += take) == DP__STRIPES) sum = dp__scramble512(sum), at = 0;
-        x += 64 * take, n -= take;
-    }
-    _mm512_storeu_si512(lanes, sum);
-}
-
 DP__INLINE DP__AVX2 __m256i dp__load256(const void *x) { return _mm256_loadu_si256((const __m256i *)x); }
 
-/* The same for the first four lanes of a stripe, or the last four, with `x` and `secret` moved by 32 bytes. */
-DP__INLINE DP__AVX2 void dp__stripe256(__m256i *products, __m256i *data, const unsigned char *x, const unsigned char *secret) {
+/* Half a stripe, four lanes: the products of keyed halves, and the data itself, which belongs to the other lane of each
+ * pair: it is swapped once, when all are added up. */
+DP__INLINE DP__AVX2 void dp__half(__m256i *products, __m256i *data, const unsigned char *x, const unsigned char *secret) {
     const __m256i v = dp__load256(x), key = _mm256_xor_si256(v, dp__load256(secret));
     *products = _mm256_add_epi64(*products, _mm256_mul_epu32(key, _mm256_shuffle_epi32(key, 0xB1)));
     *data = _mm256_add_epi64(*data, v);
 }
 
-DP__INLINE DP__AVX2 __m256i dp__scramble256(__m256i lanes, const uint64_t *secret) {
+DP__INLINE DP__AVX2 void dp__stripe(__m256i *products, __m256i *data, const unsigned char *x, const unsigned char *secret) {
+    dp__half(products, data, x, secret), dp__half(products + 1, data + 1, x + 32, secret + 32);
+}
+
+DP__INLINE DP__AVX2 __m256i dp__scramble(__m256i lanes, const uint64_t *secret) {
     const __m256i prime = _mm256_set1_epi64x((long long)DP__PRIME32_1);
     lanes = _mm256_xor_si256(lanes, _mm256_srli_epi64(lanes, 47));
     lanes = _mm256_xor_si256(lanes, dp__load256(secret));
@@ -611,36 +574,27 @@ DP__INLINE DP__AVX2 __m256i dp__scramble256(__m256i lanes, const uint64_t *secre
                             _mm256_slli_epi64(_mm256_mul_epu32(_mm256_srli_epi64(lanes, 32), prime), 32));
 }
 
-static DP__AVX2 void dp__stripes256(uint64_t *lanes, const unsigned char *x, size_t at, size_t n) {
+/* Add n stripes to the lanes, of which the first is number `at` in its block. */
+static DP__AVX2 void dp__stripes(uint64_t *lanes, const unsigned char *x, size_t at, size_t n) {
     __m256i low = dp__load256(lanes), high = dp__load256(lanes + 4);
     while (n) {
         const unsigned char *secret = (const unsigned char *)dp__secret + 8 * at;
         const size_t take = DP__STRIPES - at < n ? DP__STRIPES - at : n;
-        __m256i products[2], data[2];
+        __m256i products[2], data[2]; /* apart from the lanes: a scramble is waited for late */
         size_t i;
         products[0] = products[1] = data[0] = data[1] = _mm256_setzero_si256();
         for (i = 0; i + 2 <= take; i += 2) {
-            dp__stripe256(&products[0], &data[0], x + 64 * i, secret + 8 * i);
-            dp__stripe256(&products[1], &data[1], x + 64 * i + 32, secret + 8 * i + 32);
-            dp__stripe256(&products[0], &data[0], x + 64 * i + 64, secret + 8 * i + 8);
-            dp__stripe256(&products[1], &data[1], x + 64 * i + 96, secret + 8 * i + 40);
+            dp__stripe(products, data, x + 64 * i, secret + 8 * i);
+            dp__stripe(products, data, x + 64 * i + 64, secret + 8 * i + 8);
         }
-        for (; i < take; i++) {
-            dp__stripe256(&products[0], &data[0], x + 64 * i, secret + 8 * i);
-            dp__stripe256(&products[1], &data[1], x + 64 * i + 32, secret + 8 * i + 32);
-        }
+        if (i < take) dp__stripe(products, data, x + 64 * i, secret + 8 * i);
         low = _mm256_add_epi64(low, _mm256_add_epi64(products[0], _mm256_shuffle_epi32(data[0], 0x4E)));
         high = _mm256_add_epi64(high, _mm256_add_epi64(products[1], _mm256_shuffle_epi32(data[1], 0x4E)));
         if ((at += take) == DP__STRIPES)
-            low = dp__scramble256(low, dp__secret + 16), high = dp__scramble256(high, dp__secret + 20), at = 0;
+            low = dp__scramble(low, dp__secret + 16), high = dp__scramble(high, dp__secret + 20), at = 0;
         x += 64 * take, n -= take;
     }
     _mm256_storeu_si256((__m256i *)lanes, low), _mm256_storeu_si256((__m256i *)(lanes + 4), high);
-}
-
-static void dp__stripes(int level, uint64_t *lanes, const unsigned char *x, size_t at, size_t n) {
-    if (level == 2) dp__stripes512(lanes, x, at, n);
-    else dp__stripes256(lanes, x, at, n);
 }
 
 static void dp__begin_lanes(uint64_t *lanes) {
@@ -710,11 +664,11 @@ static void dp__hash_long(dp__hasher *h, const unsigned char *x, size_t n) {
         memcpy(begun + filled, x, part);
         h->seen += part, x += part, n -= part;
         if (h->seen % 64 == 0 && h->seen / 64 <= stripes)
-            dp__stripes(h->level, h->lanes, begun, (size_t)(h->seen / 64 - 1) % DP__STRIPES, 1);
+            dp__stripes(h->lanes, begun, (size_t)(h->seen / 64 - 1) % DP__STRIPES, 1);
     }
     if (n) {
         uint64_t at = h->seen / 64, whole = n / 64 < stripes - at ? n / 64 : stripes - at;
-        dp__stripes(h->level, h->lanes, x, (size_t)(at % DP__STRIPES), (size_t)whole);
+        dp__stripes(h->lanes, x, (size_t)(at % DP__STRIPES), (size_t)whole);
         memcpy(begun, x + n / 64 * 64, n % 64);
         h->seen += n;
     }
@@ -935,9 +889,11 @@ static int dp__in_vectors(const unsigned char *data, int dtype, size_t n, dp__sk
 typedef struct dp__rows {
     uint64_t *hashes;
     size_t bytes;
+    dp__hasher *hasher; /* of the row that is begun */
 } dp__rows;
 
-static void dp__hash_rows(dp__rows *r, dp__hasher *h, const unsigned char *data, size_t n) {
+static void dp__hash_rows(dp__rows *r, const unsigned char *data, size_t n) {
+    dp__hasher *h = r->hasher;
     while (n) {
         size_t left = r->bytes - (size_t)h->seen, part = left < n ? left : n;
         if (part == r->bytes && part <= DP__SHORT) {
@@ -1004,7 +960,7 @@ static void dp__pass_block(dp__pass *p, int what, dp__hasher *whole, dp__rows *r
         if (what & DP__HASH) {
             canonical = dp__canonical(&p->cursor, data, n, (unsigned char *)p->room->values);
             dp__hash_add(whole, canonical, n * size);
-            if (rows) dp__hash_rows(rows, &p->room->row, canonical, n * size);
+            if (rows) dp__hash_rows(rows, canonical, n * size);
         }
         if (what & DP__SUM) dp__sum_chunk(p, data, n, &block);
     }
@@ -1031,7 +987,6 @@ static void dp__measure(const dp_tensor *t, size_t size, dp_fingerprint *f, doub
     const unsigned mode = dp__plain_arithmetic();
     dp__pass p = dp__begin_pass(t, 0, size, sketch, room);
     dp__hash_begin(&room->whole, (uint64_t)p.cursor.left * dp__dtypes[t->dtype].size);
-    room->row.seen = 0;
     while (p.cursor.left) dp__pass_block(&p, DP__HASH | DP__SUM, &room->whole, rows);
     if (p.sketch.filled) dp__end_block(&p.sketch);
     dp__conclude(t, &p, dp__hash_end(&room->whole), f);
