@@ -210,7 +210,7 @@ typedef pthread_mutex_t dp__lock;
 /* ---- dtypes: the one door to double ---- */
 
 #define DP__BLOCK 65536 /* elements of a sketch block, less what does not fill the last round of buckets */
-#define DP__CHUNK 4096  /* elements that are gathered, hashed and summed while they are in cache */
+#define DP__CHUNK 2048  /* elements that are gathered, hashed and summed while they are in cache */
 #define DP__TOP 16
 #define DP__MAX_LINE (64u << 20)
 
@@ -709,9 +709,9 @@ typedef struct dp__room {
 /* Room for tensors of so many elements and sketches of so many sums. What is not used is not touched: that is free. */
 static dp__room *dp__new_room(int64_t elements, size_t sums) {
     const size_t n = elements > DP__CHUNK ? DP__CHUNK : (size_t)(elements > 0 ? elements : 1);
-    dp__room *room = (dp__room *)malloc(sizeof *room + (2 * n + sums + DP__BLOCK / 64) * 8);
+    dp__room *room = (dp__room *)malloc(sizeof *room + 64 + (2 * n + sums + DP__BLOCK / 64) * 8);
     if (!room) return NULL;
-    room->values = (double *)(void *)(room + 1);
+    room->values = (double *)(((uintptr_t)(room + 1) + 63) & ~(uintptr_t)63); /* where a cache line begins */
     room->bytes = (unsigned char *)(room->values + n);
     room->sums = room->values + 2 * n;
     room->signs = (uint64_t *)(void *)(room->sums + sums);
