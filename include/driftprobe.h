@@ -739,7 +739,7 @@ static const double dp__turns[16][4] __attribute__((aligned(64))) = {
     {1, 1, -1, -1}, {-1, 1, -1, -1}, {1, -1, -1, -1}, {-1, -1, -1, -1}};
 
 typedef struct dp__sums256 {
-    __m256d sum[2], abs[2], squares[4]; /* several of each: one addition need not wait for the one before */
+    __m256d sum[4], abs[4], squares[4]; /* four of each: one addition need not wait for the one before */
     __m256 min, max;
     __m256i zeros;
 } dp__sums256;
@@ -755,8 +755,8 @@ DP__INLINE DP__AVX2 void dp__four(dp__sums256 *a, __m256d *bucket, const float *
     const __m256d v = _mm256_cvtps_pd(_mm_loadu_ps(x)), size = _mm256_andnot_pd(_mm256_set1_pd(-0.0), v);
     const double *turn = (const double *)(const void *)((const char *)dp__turns + sign);
     *bucket = _mm256_fmadd_pd(v, _mm256_load_pd(turn), *bucket);
-    a->sum[which & 1] = _mm256_add_pd(a->sum[which & 1], v);
-    a->abs[which & 1] = _mm256_fmadd_pd(size, _mm256_set1_pd(1.0), a->abs[which & 1]); /* the units that add are the busier */
+    a->sum[which] = _mm256_add_pd(a->sum[which], v);
+    a->abs[which] = _mm256_fmadd_pd(size, _mm256_set1_pd(1.0), a->abs[which]); /* the units that add are the busier */
     a->squares[which] = _mm256_fmadd_pd(v, v, a->squares[which]);
 }
 
@@ -782,9 +782,9 @@ DP__INLINE DP__AVX2 void dp__columns(dp__sums256 *a, const float *x, size_t n, c
     }
 }
 
-DP__INLINE DP__AVX2 double dp__sum256(__m256d v) {
+DP__INLINE DP__AVX2 double dp__sum_of(const __m256d *v) {
     double lane[4];
-    _mm256_storeu_pd(lane, v);
+    _mm256_storeu_pd(lane, _mm256_add_pd(_mm256_add_pd(v[0], v[1]), _mm256_add_pd(v[2], v[3])));
     return (lane[0] + lane[1]) + (lane[2] + lane[3]);
 }
 
@@ -799,10 +799,9 @@ DP__INLINE DP__AVX2 int dp__rounds(const float *x, size_t n, const uint64_t *sig
     memset(&a, 0, sizeof a), memcpy(now, sums, sizeof now);
     a.min = _mm256_set1_ps(INFINITY), a.max = _mm256_set1_ps(-INFINITY);
     dp__columns(&a, x, n, signs, now, columns);
-    s->abs_sum = dp__sum256(_mm256_add_pd(a.abs[0], a.abs[1]));
+    s->abs_sum = dp__sum_of(a.abs);
     if (!(s->abs_sum <= DBL_MAX)) return 0;
-    s->sum = dp__sum256(_mm256_add_pd(a.sum[0], a.sum[1]));
-    s->squares = dp__sum256(_mm256_add_pd(_mm256_add_pd(a.squares[0], a.squares[1]), _mm256_add_pd(a.squares[2], a.squares[3])));
+    s->sum = dp__sum_of(a.sum), s->squares = dp__sum_of(a.squares);
     _mm256_storeu_ps(low, a.min), _mm256_storeu_ps(high, a.max), _mm256_storeu_si256((__m256i *)zeros, a.zeros);
     s->min = (double)low[0], s->max = (double)high[0], s->nz = s->finite = (int64_t)n;
     for (i = 0; i < 8; i++) {
@@ -822,12 +821,23 @@ static DP__AVX512 int dp__rounds512(const float *x, size_t n, const uint64_t *si
     return dp__rounds(x, n, signs, sums, s, 16); /* with the registers that AVX-512 has more of */
 }
 
+/* Eight of e4m3fn: as float16 with the exponent's bias 8 less, and all ones made its NaN. */
+DP__INLINE DP__AVX2 __m256 dp__eight_e4m3fn(__m128i small) {
+    const __m128i wide = _mm_cvtepu8_epi16(small), size = _mm_and_si128(wide, _mm_set1_epi16(0x7F));
+    const __m128i sign = _mm_slli_epi16(_mm_andnot_si128(_mm_set1_epi16(0x7F), wide), 8);
+    const __m128i nan = _mm_and_si128(_mm_cmpeq_epi16(size, _mm_set1_epi16(0x7F)), _mm_set1_epi16(0x7E00));
+    const __m128i half = _mm_or_si128(_mm_or_si128(sign, _mm_slli_epi16(size, 7)), nan);
+    return _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
+}
+
 /* Eight elements of a dtype whose every value is a float's. */
 DP__INLINE DP__AVX2 __m256 dp__eight(const unsigned char *x, const int dtype) {
     const __m128i small = dp__dtypes[dtype].size == 1 ? _mm_loadl_epi64((const __m128i *)(const void *)x)
                                                       : _mm_loadu_si128((const __m128i *)(const void *)x);
     if (dtype == DP_FLOAT16) return _mm256_cvtph_ps(small);
     if (dtype == DP_FLOAT8_E5M2) return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(small), 8)); /* its upper half */
+    if (dtype == DP_FLOAT8_E4M3FN) return dp__eight_e4m3fn(small);
+    if (dtype == DP_BOOL) return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_min_epu8(small, _mm_set1_epi8(1))));
     if (dtype == DP_INT16) return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(small));
     if (dtype == DP_INT8) return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(small));
     if (dtype == DP_UINT8) return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(small));
@@ -857,6 +867,8 @@ static DP__AVX2 const float *dp__floats(const unsigned char *x, int dtype, size_
     case DP_FLOAT16: dp__eights(x, n, room, DP_FLOAT16); break;
     case DP_BFLOAT16: dp__from_bfloat16(x, n, room); break;
     case DP_FLOAT8_E5M2: dp__eights(x, n, room, DP_FLOAT8_E5M2); break;
+    case DP_FLOAT8_E4M3FN: dp__eights(x, n, room, DP_FLOAT8_E4M3FN); break;
+    case DP_BOOL: dp__eights(x, n, room, DP_BOOL); break;
     case DP_INT16: dp__eights(x, n, room, DP_INT16); break;
     case DP_INT8: dp__eights(x, n, room, DP_INT8); break;
     case DP_UINT8: dp__eights(x, n, room, DP_UINT8); break;

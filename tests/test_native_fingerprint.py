@@ -61,6 +61,14 @@ def test_every_value_of_a_small_dtype_is_read_as_it_is(header, dtype):
     assert_same(fingerprint_in_c(header, codes, 65536), fingerprint(codes, 65536))
 
 
+@pytest.mark.parametrize("dtype", [name for name in DTYPES if DTYPES[name].itemsize < 4])
+def test_finite_values_of_a_small_dtype_have_pythons_sums(header, dtype):
+    """NaN and infinity take another way: here every chunk goes through the vectors."""
+    array = sample(dtype, 70_000, seed=3).copy()
+    array[~np.isfinite(array.astype(np.float64))] = 1
+    assert_same(fingerprint_in_c(header, array), fingerprint(array))
+
+
 @pytest.mark.parametrize("size", [1, 2, 63, 64, 1000, 65535, 65536])
 def test_every_sketch_size_has_pythons_sums(header, size):
     array = np.random.default_rng(size).normal(size=150_001)
