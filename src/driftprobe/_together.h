@@ -1,7 +1,6 @@
 /* One large tensor by several threads, with the same result to the bit as by one: sums are made block by block, whoever
- * makes them, and added up in order. The hash goes through the tensor from its first byte to its last, so the threads take
- * turns: each hashes the next block, hands the hash on, and sums that block up while it is in its own cache. A block is so
- * read from memory once. SPDX-License-Identifier: Apache-2.0 */
+ * makes them, and added up in order. The hash goes through the tensor from its first byte to its last, so one thread at a
+ * time does that, the one that comes by; the others sum up blocks meanwhile. SPDX-License-Identifier: Apache-2.0 */
 #include <pthread.h>
 
 #define WORTH_IT (1 << 20) /* elements; below, starting threads takes longer than it saves */
@@ -17,10 +16,11 @@ typedef struct block {
 typedef struct team {
     const dp_tensor *tensor;
     dp__rows *rows;
-    dp__hasher *whole;
     block *blocks;
-    size_t count, next; /* blocks of the tensor, and the first that is not hashed */
-    pthread_mutex_t turn; /* for the hash, the rows' hashes and `next` */
+    size_t count, summed, hashed; /* blocks: of the tensor, given out for sums, given out for the hash */
+    int hashing;                  /* a thread adds to the hash */
+    dp__hasher *whole;
+    pthread_mutex_t lock;
 } team;
 
 typedef struct worker {
@@ -29,37 +29,39 @@ typedef struct worker {
     pthread_t thread;
 } worker;
 
-static dp__pass pass_of(const team *t, size_t which, double *sketch, dp__room *room) {
-    return dp__begin_pass(t->tensor, (int64_t)which * DP__BLOCK, DP_SKETCH_SIZE, sketch, room);
-}
-
-/* Hash the next block; returns its number, or `count` where there is none. */
-static size_t hash_next(team *t, dp__room *room) {
-    double unused[DP_SKETCH_SIZE];
-    size_t which;
-    pthread_mutex_lock(&t->turn);
-    if ((which = t->next) < t->count) {
-        dp__pass p = pass_of(t, which, unused, room);
-        dp__pass_block(&p, DP__HASH, t->whole, t->rows);
-        t->next++;
+/* Give out work, nearest first: what is hashed close behind its sums is still in cache. Returns what to do with block
+ * `*which`, or 0 where nothing is left to begin. */
+static int next_work(team *t, size_t *which, int hashed_before) {
+    int what = 0;
+    pthread_mutex_lock(&t->lock);
+    if (hashed_before) t->hashing = 0;
+    if (!t->hashing && t->hashed < t->count) {
+        t->hashing = 1, *which = t->hashed++, what = DP__HASH;
+        if (*which == t->summed) t->summed++, what |= DP__SUM;
+    } else if (t->summed < t->count) {
+        *which = t->summed++, what = DP__SUM;
     }
-    pthread_mutex_unlock(&t->turn);
-    return which;
+    pthread_mutex_unlock(&t->lock);
+    return what;
 }
 
-static void sum_block(team *t, size_t which, dp__room *room) {
+static void do_block(team *t, size_t which, int what, dp__room *room) {
     block *b = &t->blocks[which];
-    dp__pass p = pass_of(t, which, b->sketch, room);
-    dp__pass_block(&p, DP__SUM, NULL, NULL);
+    double unused[DP_SKETCH_SIZE];
+    const int64_t first = (int64_t)which * DP__BLOCK;
+    dp__pass p = dp__begin_pass(t->tensor, first, DP_SKETCH_SIZE, what & DP__SUM ? b->sketch : unused, room);
+    dp__pass_block(&p, what, t->whole, t->rows);
+    if (!(what & DP__SUM)) return;
     if (p.sketch.filled) dp__end_block(&p.sketch);
     b->sums = p.sums, b->nan_count = p.nan_count, b->inf_count = p.inf_count;
 }
 
 static void *work(void *given) {
-    const worker *w = (const worker *)given;
+    worker *w = (worker *)given;
     const unsigned mode = dp__plain_arithmetic();
-    size_t which;
-    while ((which = hash_next(w->team, w->room)) < w->team->count) sum_block(w->team, which, w->room);
+    size_t which = 0;
+    int what = 0;
+    while ((what = next_work(w->team, &which, what & DP__HASH)) != 0) do_block(w->team, which, what, w->room);
     dp__arithmetic_again(mode);
     return NULL;
 }
@@ -100,13 +102,13 @@ static int measure_together(const dp_tensor *tensor, size_t size, dp_fingerprint
     t.tensor = tensor, t.rows = rows, t.whole = &room->whole;
     t.count = (size_t)((elements + DP__BLOCK - 1) / DP__BLOCK);
     if (!(t.blocks = (block *)malloc(t.count * sizeof *t.blocks))) return 0;
-    pthread_mutex_init(&t.turn, NULL);
+    pthread_mutex_init(&t.lock, NULL);
     dp__hash_begin(&room->whole, (uint64_t)elements * dp__dtypes[tensor->dtype].size);
     run_team(&t, room, threads < MOST_THREADS ? threads : MOST_THREADS);
     p = dp__begin_pass(tensor, 0, size, sketch, room);
     add_up(&t, &p, sketch);
     dp__conclude(tensor, &p, dp__hash_end(&room->whole), print);
-    pthread_mutex_destroy(&t.turn);
+    pthread_mutex_destroy(&t.lock);
     free(t.blocks);
     return 1;
 }
