@@ -210,7 +210,7 @@ typedef pthread_mutex_t dp__lock;
 /* ---- dtypes: the one door to double ---- */
 
 #define DP__BLOCK 65536 /* elements of a sketch block, less what does not fill the last round of buckets */
-#define DP__CHUNK 4096  /* elements that are gathered, hashed and summed while they are in cache */
+#define DP__CHUNK 2048  /* elements that are gathered, hashed and summed while they are in cache */
 #define DP__TOP 16
 #define DP__MAX_LINE (64u << 20)
 
@@ -329,6 +329,17 @@ static void dp__advance(dp__cursor *c, int64_t k) {
     }
 }
 
+/* Go to element `first` in C order. */
+static void dp__seek(dp__cursor *c, int64_t first) {
+    const dp_tensor *t = c->tensor;
+    int d;
+    c->left -= (size_t)first;
+    for (d = t->ndim - 1; d >= 0 && c->left; d--) {
+        c->index[d] = first % t->shape[d], first /= t->shape[d];
+        c->at += c->index[d] * t->strides[d] * (int64_t)dp__dtypes[t->dtype].size;
+    }
+}
+
 /* The next n elements in C order, in the machine's byte order: where they lie, or copied to `room`. n <= c->left. */
 static const unsigned char *dp__take(dp__cursor *c, size_t n, unsigned char *room) {
     const dp_tensor *t = c->tensor;
@@ -367,6 +378,26 @@ static const unsigned char *dp__canonical(const dp__cursor *c, const unsigned ch
 
 /* ---- the fingerprint ---- */
 
+/* Set this thread's arithmetic to the standard's, and return what it was. Models are run with subnormals taken for 0, and
+ * then the same tensor would have another sketch. */
+static unsigned dp__plain_arithmetic(void) {
+#if DP__X86
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(0x1F80);
+    return before;
+#else
+    return 0;
+#endif
+}
+
+static void dp__arithmetic_again(unsigned before) {
+#if DP__X86
+    _mm_setcsr(before);
+#else
+    (void)before;
+#endif
+}
+
 static double dp__saturate(double v) { return v > DBL_MAX ? DBL_MAX : v < -DBL_MAX ? -DBL_MAX : v; }
 
 static double dp__sign(uint64_t i) {
@@ -382,14 +413,14 @@ typedef struct dp__sums {
 } dp__sums;
 
 /* Add up a chunk's finite elements; NaN and infinity are counted and become 0 in place, as the sketch needs them. */
-static dp__sums dp__moments(double *x, size_t n, dp_fingerprint *f) {
+static dp__sums dp__moments(double *x, size_t n, int64_t *nan_count, int64_t *inf_count) {
     dp__sums s = {0, 0, 0, 0, 0, 0, 0};
     size_t i;
     for (i = 0; i < n; i++) {
         double v = x[i], size = fabs(v);
         if (!(size <= DBL_MAX)) {
-            if (v != v) f->nan_count++;
-            else f->inf_count++;
+            if (v != v) ++*nan_count;
+            else ++*inf_count;
             x[i] = 0.0;
             continue;
         }
@@ -483,195 +514,385 @@ static void dp__sketch(dp__sketcher *s, const double *x, size_t n) {
     }
 }
 
+/* ---- XXH3-64 of what goes by in pieces. xxhash.h's own is compiled for the oldest machine that the engine is built for;
+ * inputs of more than 240 bytes, whose definition is eight sums side by side, are hashed here with what the machine has ---- */
+
+#define DP__SHORT 240 /* bytes; up to here XXH3 has other rules, which xxhash.h keeps */
+
+#if DP__X86
+#define DP__AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
+#define DP__AVX2 __attribute__((target("avx2,fma,f16c")))
+#define DP__INLINE static inline __attribute__((always_inline))
+
+/* Return 2 where this machine has AVX-512, 1 where it has AVX2, else 0. Compilers know F16C by name only since 2024. */
+static int dp__level(void) {
+    static int known = -1; /* CPUID is slow, more so in a virtual machine */
+    int level = __atomic_load_n(&known, __ATOMIC_RELAXED);
+    unsigned a, b, c, d;
+    if (level >= 0) return level;
+    __builtin_cpu_init();
+    level = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+#ifndef DRIFTPROBE_NO_AVX512 /* for tests: what a machine without it does */
+    if (level && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        level = 2;
+#endif
+    __atomic_store_n(&known, level, __ATOMIC_RELAXED);
+    return level;
+}
+
+/* XXH3's own 192 bytes, in little-endian words. */
+static const uint64_t dp__secret[24] = {
+    UINT64_C(0xBE4BA423396CFEB8), UINT64_C(0x1CAD21F72C81017C), UINT64_C(0xDB979083E96DD4DE), UINT64_C(0x1F67B3B7A4A44072),
+    UINT64_C(0x78E5C0CC4EE679CB), UINT64_C(0x2172FFCC7DD05A82), UINT64_C(0x8E2443F7744608B8), UINT64_C(0x4C263A81E69035E0),
+    UINT64_C(0xCB00C391BB52283C), UINT64_C(0xA32E531B8B65D088), UINT64_C(0x4EF90DA297486471), UINT64_C(0xD8ACDEA946EF1938),
+    UINT64_C(0x3F349CE33F76FAA8), UINT64_C(0x1D4F0BC7C7BBDCF9), UINT64_C(0x3159B4CD4BE0518A), UINT64_C(0x647378D9C97E9FC8),
+    UINT64_C(0xC3EBD33483ACC5EA), UINT64_C(0xEB6313FAFFA081C5), UINT64_C(0x49DAF0B751DD0D17), UINT64_C(0x9E68D429265516D3),
+    UINT64_C(0xFCA1477D58BE162B), UINT64_C(0xCE31D07AD1B8F88F), UINT64_C(0x280416958F3ACB45), UINT64_C(0x7E404BBBCAFBD7AF)};
+#define DP__STRIPES 16 /* of 64 bytes each, between two scrambles */
+#define DP__PRIME32_1 UINT64_C(0x9E3779B1)
+#define DP__PRIME64_1 UINT64_C(0x9E3779B185EBCA87)
+
+DP__INLINE DP__AVX2 __m256i dp__load256(const void *x) { return _mm256_loadu_si256((const __m256i *)x); }
+
+/* Half a stripe, four lanes: the products of keyed halves, and the data itself, which belongs to the other lane of each
+ * pair: it is swapped once, when all are added up. */
+DP__INLINE DP__AVX2 void dp__half(__m256i *products, __m256i *data, const unsigned char *x, const unsigned char *secret) {
+    const __m256i v = dp__load256(x), key = _mm256_xor_si256(v, dp__load256(secret));
+    *products = _mm256_add_epi64(*products, _mm256_mul_epu32(key, _mm256_shuffle_epi32(key, 0xB1)));
+    *data = _mm256_add_epi64(*data, v);
+}
+
+DP__INLINE DP__AVX2 void dp__stripe(__m256i *products, __m256i *data, const unsigned char *x, const unsigned char *secret) {
+    dp__half(products, data, x, secret), dp__half(products + 1, data + 1, x + 32, secret + 32);
+}
+
+DP__INLINE DP__AVX2 __m256i dp__scramble(__m256i lanes, const uint64_t *secret) {
+    const __m256i prime = _mm256_set1_epi64x((long long)DP__PRIME32_1);
+    lanes = _mm256_xor_si256(lanes, _mm256_srli_epi64(lanes, 47));
+    lanes = _mm256_xor_si256(lanes, dp__load256(secret));
+    return _mm256_add_epi64(_mm256_mul_epu32(lanes, prime),
+                            _mm256_slli_epi64(_mm256_mul_epu32(_mm256_srli_epi64(lanes, 32), prime), 32));
+}
+
+/* Add n stripes to the lanes, of which the first is number `at` in its block. */
+static DP__AVX2 void dp__stripes(uint64_t *lanes, const unsigned char *x, size_t at, size_t n) {
+    __m256i low = dp__load256(lanes), high = dp__load256(lanes + 4);
+    while (n) {
+        const unsigned char *secret = (const unsigned char *)dp__secret + 8 * at;
+        const size_t take = DP__STRIPES - at < n ? DP__STRIPES - at : n;
+        __m256i products[2], data[2]; /* apart from the lanes: a scramble is waited for late */
+        size_t i;
+        products[0] = products[1] = data[0] = data[1] = _mm256_setzero_si256();
+        for (i = 0; i + 2 <= take; i += 2) {
+            dp__stripe(products, data, x + 64 * i, secret + 8 * i);
+            dp__stripe(products, data, x + 64 * i + 64, secret + 8 * i + 8);
+        }
+        if (i < take) dp__stripe(products, data, x + 64 * i, secret + 8 * i);
+        low = _mm256_add_epi64(low, _mm256_add_epi64(products[0], _mm256_shuffle_epi32(data[0], 0x4E)));
+        high = _mm256_add_epi64(high, _mm256_add_epi64(products[1], _mm256_shuffle_epi32(data[1], 0x4E)));
+        if ((at += take) == DP__STRIPES)
+            low = dp__scramble(low, dp__secret + 16), high = dp__scramble(high, dp__secret + 20), at = 0;
+        x += 64 * take, n -= take;
+    }
+    _mm256_storeu_si256((__m256i *)lanes, low), _mm256_storeu_si256((__m256i *)(lanes + 4), high);
+}
+
+static void dp__begin_lanes(uint64_t *lanes) {
+    static const uint64_t start[8] = {UINT64_C(0xC2B2AE3D),         DP__PRIME64_1,
+                                      UINT64_C(0xC2B2AE3D27D4EB4F), UINT64_C(0x165667B19E3779F9),
+                                      UINT64_C(0x85EBCA77C2B2AE63), UINT64_C(0x85EBCA77),
+                                      UINT64_C(0x27D4EB2F165667C5), DP__PRIME32_1};
+    memcpy(lanes, start, sizeof start);
+}
+
+/* The last stripe is the input's last 64 bytes, whatever of them was in the one before; then the lanes become one. */
+static uint64_t dp__end_lanes(uint64_t *lanes, const unsigned char *last, uint64_t length) {
+    __extension__ typedef unsigned __int128 wide;
+    const unsigned char *secret = (const unsigned char *)dp__secret;
+    uint64_t hash = length * DP__PRIME64_1, key[8];
+    int i;
+    memcpy(key, secret + 121, 64);
+    for (i = 0; i < 8; i++) {
+        uint64_t v;
+        memcpy(&v, last + 8 * i, 8);
+        lanes[i ^ 1] += v, key[i] ^= v;
+        lanes[i] += (key[i] & 0xFFFFFFFF) * (key[i] >> 32);
+    }
+    memcpy(key, secret + 11, 64);
+    for (i = 0; i < 8; i += 2) {
+        wide product = (wide)(lanes[i] ^ key[i]) * (lanes[i + 1] ^ key[i + 1]);
+        hash += (uint64_t)product ^ (uint64_t)(product >> 64);
+    }
+    hash = (hash ^ hash >> 37) * UINT64_C(0x165667919E3779F9);
+    return hash ^ hash >> 32;
+}
+#else
+static int dp__level(void) { return 0; }
+#endif
+
+/* A hash that is begun. The length is known before, so that each stripe is added where it lies, and none is kept back. */
+typedef struct dp__hasher {
+    uint64_t lanes[8], length, seen;
+    int level;
+    unsigned char kept[DP__SHORT]; /* a whole short input; of a long one the last 64 bytes, then the stripe that is begun */
+    XXH3_state_t *state;           /* xxhash.h's, for long inputs where there are no vectors */
+} dp__hasher;
+
+static int dp__new_hasher(dp__hasher *h) {
+    h->level = dp__level();
+    h->state = h->level ? NULL : XXH3_createState();
+    return h->level || h->state;
+}
+
+static void dp__hash_begin(dp__hasher *h, uint64_t length) {
+    h->length = length, h->seen = 0;
+    if (length <= DP__SHORT) return;
+#if DP__X86
+    if (h->level) dp__begin_lanes(h->lanes);
+#endif
+    if (!h->level) XXH3_64bits_reset(h->state);
+}
+
+#if DP__X86
+static void dp__hash_long(dp__hasher *h, const unsigned char *x, size_t n) {
+    unsigned char *last = h->kept, *begun = h->kept + 64;
+    const uint64_t stripes = (h->length - 1) / 64; /* all but the last */
+    if (n >= 64) memcpy(last, x + n - 64, 64);
+    else memmove(last, last + n, 64 - n), memcpy(last + 64 - n, x, n);
+    if (h->seen % 64) {
+        size_t filled = (size_t)(h->seen % 64), part = 64 - filled < n ? 64 - filled : n;
+        memcpy(begun + filled, x, part);
+        h->seen += part, x += part, n -= part;
+        if (h->seen % 64 == 0 && h->seen / 64 <= stripes)
+            dp__stripes(h->lanes, begun, (size_t)(h->seen / 64 - 1) % DP__STRIPES, 1);
+    }
+    if (n) {
+        uint64_t at = h->seen / 64, whole = n / 64 < stripes - at ? n / 64 : stripes - at;
+        dp__stripes(h->lanes, x, (size_t)(at % DP__STRIPES), (size_t)whole);
+        memcpy(begun, x + n / 64 * 64, n % 64);
+        h->seen += n;
+    }
+}
+#endif
+
+/* Add the next n bytes; in all no more than were announced. */
+static void dp__hash_add(dp__hasher *h, const unsigned char *x, size_t n) {
+    if (h->length <= DP__SHORT) {
+        memcpy(h->kept + h->seen, x, n);
+        h->seen += n;
+        return;
+    }
+#if DP__X86
+    if (h->level) dp__hash_long(h, x, n);
+#endif
+    if (!h->level) XXH3_64bits_update(h->state, x, n);
+}
+
+static uint64_t dp__hash_end(dp__hasher *h) {
+    if (h->length <= DP__SHORT) return XXH3_64bits(h->kept, (size_t)h->length);
+#if DP__X86
+    if (h->level) return dp__end_lanes(h->lanes, h->kept, h->length);
+#endif
+    return XXH3_64bits_digest(h->state);
+}
+
+/* ---- room for what a pass needs ---- */
+
 typedef struct dp__room {
-    XXH3_state_t *state;
-    double values[DP__CHUNK];
-    unsigned char bytes[DP__CHUNK * 8], spare[DP__CHUNK * 8];
-    double sums[DP__BLOCK];
-    uint64_t signs[DP__BLOCK / 64];
+    dp__hasher whole, row;
+    unsigned char *bytes; /* of a chunk, where it had to be gathered */
+    double *values;       /* of a chunk, or its floats, or its canonical bytes */
+    double *sums;         /* of a sketch block */
+    uint64_t *signs;      /* of the 65536 elements around, where they are not kept for all */
 } dp__room;
 
-static dp__room *dp__new_room(void) {
-    dp__room *room = (dp__room *)malloc(sizeof *room);
-    if (room && !(room->state = XXH3_createState())) {
-        free(room);
-        room = NULL;
+/* Room for tensors of so many elements and sketches of so many sums. What is not used is not touched: that is free. */
+static dp__room *dp__new_room(int64_t elements, size_t sums) {
+    const size_t n = elements > DP__CHUNK ? DP__CHUNK : (size_t)(elements > 0 ? elements : 1);
+    dp__room *room = (dp__room *)malloc(sizeof *room + 64 + (2 * n + sums + DP__BLOCK / 64) * 8);
+    if (!room) return NULL;
+    room->values = (double *)(((uintptr_t)(room + 1) + 63) & ~(uintptr_t)63); /* where a cache line begins */
+    room->bytes = (unsigned char *)(room->values + n);
+    room->sums = room->values + 2 * n;
+    room->signs = (uint64_t *)(void *)(room->sums + sums);
+    room->row.state = NULL;
+    if (dp__new_hasher(&room->whole) && dp__new_hasher(&room->row)) return room;
+    if (room->whole.state) XXH3_freeState(room->whole.state);
+    free(room);
+    return NULL;
+}
+
+static void dp__free_room(dp__room *room) {
+    if (room && room->whole.state) XXH3_freeState(room->whole.state);
+    if (room && room->row.state) XXH3_freeState(room->row.state);
+    free(room);
+}
+
+/* ---- moments and sketch in vectors: whole rounds of 64 buckets, finite elements only ---- */
+
+#if DP__X86
+/* What four buckets' signs, as bits, multiply by. A product with 1 or -1 is exact, so that adding it is adding +x or -x. */
+static const double dp__turns[16][4] __attribute__((aligned(64))) = {
+    {1, 1, 1, 1}, {-1, 1, 1, 1}, {1, -1, 1, 1}, {-1, -1, 1, 1},
+    {1, 1, -1, 1}, {-1, 1, -1, 1}, {1, -1, -1, 1}, {-1, -1, -1, 1},
+    {1, 1, 1, -1}, {-1, 1, 1, -1}, {1, -1, 1, -1}, {-1, -1, 1, -1},
+    {1, 1, -1, -1}, {-1, 1, -1, -1}, {1, -1, -1, -1}, {-1, -1, -1, -1}};
+
+typedef struct dp__sums256 {
+    __m256d sum[4], abs[4], squares[4]; /* four of each: one addition need not wait for the one before */
+    __m256 min, max;
+    __m256i zeros;
+} dp__sums256;
+
+DP__INLINE DP__AVX2 void dp__extremes(dp__sums256 *a, const float *x) {
+    const __m256 v = _mm256_loadu_ps(x);
+    a->min = _mm256_min_ps(a->min, v), a->max = _mm256_max_ps(a->max, v);
+    a->zeros = _mm256_sub_epi32(a->zeros, _mm256_castps_si256(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_EQ_OQ)));
+}
+
+/* Four floats, the ones of `bucket`; `sign` is the offset of their signs in dp__turns, `which` is 0 to 3. */
+DP__INLINE DP__AVX2 void dp__four(dp__sums256 *a, __m256d *bucket, const float *x, size_t sign, int which) {
+    const __m256d v = _mm256_cvtps_pd(_mm_loadu_ps(x)), size = _mm256_andnot_pd(_mm256_set1_pd(-0.0), v);
+    const double *turn = (const double *)(const void *)((const char *)dp__turns + sign);
+    *bucket = _mm256_fmadd_pd(v, _mm256_load_pd(turn), *bucket);
+    a->sum[which] = _mm256_add_pd(a->sum[which], v);
+    a->abs[which] = _mm256_fmadd_pd(size, _mm256_set1_pd(1.0), a->abs[which]); /* the units that add are the busier */
+    a->squares[which] = _mm256_fmadd_pd(v, v, a->squares[which]);
+}
+
+/* Columns of 8 or 16 buckets, one after the other: so few running sums stay in registers. `now` has all 64. */
+DP__INLINE DP__AVX2 void dp__columns(dp__sums256 *a, const float *x, size_t n, const uint64_t *signs, double *now,
+                                     const int columns) {
+    int g;
+    for (g = 0; g < 64; g += columns) {
+        const unsigned char *bits = (const unsigned char *)signs + g / 8;
+        const float *at = x + g, *end = x + n;
+        __m256d first = _mm256_loadu_pd(now + g), second = _mm256_loadu_pd(now + g + 4), third = first, fourth = first;
+        if (columns == 16) third = _mm256_loadu_pd(now + g + 8), fourth = _mm256_loadu_pd(now + g + 12);
+        for (; at < end; at += 64, bits += 8) {
+            const size_t sign = columns == 16 ? (size_t)bits[0] | (size_t)bits[1] << 8 : (size_t)bits[0];
+            dp__extremes(a, at);
+            dp__four(a, &first, at, sign << 5 & 480, 0), dp__four(a, &second, at + 4, sign << 1 & 480, 1);
+            if (columns == 8) continue;
+            dp__extremes(a, at + 8);
+            dp__four(a, &third, at + 8, sign >> 3 & 480, 2), dp__four(a, &fourth, at + 12, sign >> 7 & 480, 3);
+        }
+        _mm256_storeu_pd(now + g, first), _mm256_storeu_pd(now + g + 4, second);
+        if (columns == 16) _mm256_storeu_pd(now + g + 8, third), _mm256_storeu_pd(now + g + 12, fourth);
+    }
+}
+
+DP__INLINE DP__AVX2 double dp__sum_of(const __m256d *v) {
+    double lane[4];
+    _mm256_storeu_pd(lane, _mm256_add_pd(_mm256_add_pd(v[0], v[1]), _mm256_add_pd(v[2], v[3])));
+    return (lane[0] + lane[1]) + (lane[2] + lane[3]);
+}
+
+/* Add up n floats (a multiple of 64) of which the first goes to bucket 0. Returns 0, with nothing done, where one is NaN
+ * or infinite: then the sum of sizes is, and else never. */
+DP__INLINE DP__AVX2 int dp__rounds(const float *x, size_t n, const uint64_t *signs, double *sums, dp__sums *s, const int columns) {
+    dp__sums256 a;
+    double now[64];
+    float low[8], high[8];
+    int32_t zeros[8];
+    int i;
+    memset(&a, 0, sizeof a), memcpy(now, sums, sizeof now);
+    a.min = _mm256_set1_ps(INFINITY), a.max = _mm256_set1_ps(-INFINITY);
+    dp__columns(&a, x, n, signs, now, columns);
+    s->abs_sum = dp__sum_of(a.abs);
+    if (!(s->abs_sum <= DBL_MAX)) return 0;
+    s->sum = dp__sum_of(a.sum), s->squares = dp__sum_of(a.squares);
+    _mm256_storeu_ps(low, a.min), _mm256_storeu_ps(high, a.max), _mm256_storeu_si256((__m256i *)zeros, a.zeros);
+    s->min = (double)low[0], s->max = (double)high[0], s->nz = s->finite = (int64_t)n;
+    for (i = 0; i < 8; i++) {
+        s->nz -= zeros[i];
+        s->min = (double)low[i] < s->min ? (double)low[i] : s->min;
+        s->max = (double)high[i] > s->max ? (double)high[i] : s->max;
+    }
+    memcpy(sums, now, sizeof now);
+    return 1;
+}
+
+static DP__AVX2 int dp__rounds256(const float *x, size_t n, const uint64_t *signs, double *sums, dp__sums *s) {
+    return dp__rounds(x, n, signs, sums, s, 8);
+}
+
+static DP__AVX512 int dp__rounds512(const float *x, size_t n, const uint64_t *signs, double *sums, dp__sums *s) {
+    return dp__rounds(x, n, signs, sums, s, 16); /* with the registers that AVX-512 has more of */
+}
+
+/* Eight of e4m3fn: as float16 with the exponent's bias 8 less, and all ones made its NaN. */
+DP__INLINE DP__AVX2 __m256 dp__eight_e4m3fn(__m128i small) {
+    const __m128i wide = _mm_cvtepu8_epi16(small), size = _mm_and_si128(wide, _mm_set1_epi16(0x7F));
+    const __m128i sign = _mm_slli_epi16(_mm_andnot_si128(_mm_set1_epi16(0x7F), wide), 8);
+    const __m128i nan = _mm_and_si128(_mm_cmpeq_epi16(size, _mm_set1_epi16(0x7F)), _mm_set1_epi16(0x7E00));
+    const __m128i half = _mm_or_si128(_mm_or_si128(sign, _mm_slli_epi16(size, 7)), nan);
+    return _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
+}
+
+/* Eight elements of a dtype whose every value is a float's. */
+DP__INLINE DP__AVX2 __m256 dp__eight(const unsigned char *x, const int dtype) {
+    const __m128i small = dp__dtypes[dtype].size == 1 ? _mm_loadl_epi64((const __m128i *)(const void *)x)
+                                                      : _mm_loadu_si128((const __m128i *)(const void *)x);
+    if (dtype == DP_FLOAT16) return _mm256_cvtph_ps(small);
+    if (dtype == DP_FLOAT8_E5M2) return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(small), 8)); /* its upper half */
+    if (dtype == DP_FLOAT8_E4M3FN) return dp__eight_e4m3fn(small);
+    if (dtype == DP_BOOL) return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_min_epu8(small, _mm_set1_epi8(1))));
+    if (dtype == DP_INT16) return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(small));
+    if (dtype == DP_INT8) return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(small));
+    if (dtype == DP_UINT8) return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(small));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(small), 16)); /* bfloat16 */
+}
+
+DP__INLINE DP__AVX2 void dp__eights(const unsigned char *x, size_t n, float *out, const int dtype) {
+    size_t i;
+    for (i = 0; i < n; i += 8) _mm256_storeu_ps(out + i, dp__eight(x + i * dp__dtypes[dtype].size, dtype));
+}
+
+/* Sixteen bfloat16 at a time: each becomes the upper half of a float, beside a lower half of zeros. */
+DP__INLINE DP__AVX2 void dp__from_bfloat16(const unsigned char *x, size_t n, float *out) {
+    const __m256i none = _mm256_setzero_si256();
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const __m256i v = dp__load256(x + 2 * i), even = _mm256_unpacklo_epi16(none, v), odd = _mm256_unpackhi_epi16(none, v);
+        _mm256_storeu_si256((__m256i *)(void *)(out + i), _mm256_permute2x128_si256(even, odd, 0x20));
+        _mm256_storeu_si256((__m256i *)(void *)(out + i + 8), _mm256_permute2x128_si256(even, odd, 0x31));
+    }
+}
+
+/* n elements (a multiple of 64) as floats: where they lie, or in `room`; NULL where not every value is a float's. */
+static DP__AVX2 const float *dp__floats(const unsigned char *x, int dtype, size_t n, float *room) {
+    switch (dtype) {
+    case DP_FLOAT32: return (const float *)(const void *)x;
+    case DP_FLOAT16: dp__eights(x, n, room, DP_FLOAT16); break;
+    case DP_BFLOAT16: dp__from_bfloat16(x, n, room); break;
+    case DP_FLOAT8_E5M2: dp__eights(x, n, room, DP_FLOAT8_E5M2); break;
+    case DP_FLOAT8_E4M3FN: dp__eights(x, n, room, DP_FLOAT8_E4M3FN); break;
+    case DP_BOOL: dp__eights(x, n, room, DP_BOOL); break;
+    case DP_INT16: dp__eights(x, n, room, DP_INT16); break;
+    case DP_INT8: dp__eights(x, n, room, DP_INT8); break;
+    case DP_UINT8: dp__eights(x, n, room, DP_UINT8); break;
+    default: return NULL;
     }
     return room;
 }
 
-static void dp__free_room(dp__room *room) {
-    if (room) XXH3_freeState(room->state);
-    free(room);
-}
-
-/* ---- the same in vectors: whole rounds of 64 buckets, finite elements only ---- */
-
-#if DP__X86
-#define DP__AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
-#define DP__AVX2 __attribute__((target("avx2,fma,f16c")))
-
-#ifdef DRIFTPROBE_NO_AVX512 /* for tests: what a machine without it does */
-#define DP__HAS_AVX512 0
-#else
-#define DP__HAS_AVX512 \
-    (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-#endif
-
-typedef struct dp__lanes512 {
-    __m512d sketch[8], sum[2], abs[2], squares[2];
-    __m512 min, max;
-    __mmask16 wild; /* elements that are not finite */
-    int64_t nz;
-} dp__lanes512;
-
-/* Sixteen floats, the ones that go to buckets 16 * quarter and on; `signs` are their 16 bits. */
-static inline DP__AVX512 void dp__sixteen(dp__lanes512 *a, __m512 v, unsigned signs, int quarter) {
-    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
-    const __m512d minus = _mm512_set1_pd(-0.0);
-    const __m512i bits = _mm512_castps_si512(v), exponent = _mm512_set1_epi32(0x7F800000);
-    a->wild = (__mmask16)(a->wild | _mm512_cmpeq_epi32_mask(_mm512_and_si512(bits, exponent), exponent));
-    a->nz += __builtin_popcount((unsigned)_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ));
-    a->min = _mm512_min_ps(a->min, v), a->max = _mm512_max_ps(a->max, v);
-    a->sketch[2 * quarter] = _mm512_add_pd(a->sketch[2 * quarter], _mm512_mask_xor_pd(low, (__mmask8)signs, low, minus));
-    a->sketch[2 * quarter + 1] =
-        _mm512_add_pd(a->sketch[2 * quarter + 1], _mm512_mask_xor_pd(high, (__mmask8)(signs >> 8), high, minus));
-    a->sum[0] = _mm512_add_pd(a->sum[0], low), a->sum[1] = _mm512_add_pd(a->sum[1], high);
-    a->abs[0] = _mm512_add_pd(a->abs[0], _mm512_abs_pd(low)), a->abs[1] = _mm512_add_pd(a->abs[1], _mm512_abs_pd(high));
-    a->squares[0] = _mm512_fmadd_pd(low, low, a->squares[0]), a->squares[1] = _mm512_fmadd_pd(high, high, a->squares[1]);
-}
-
-static inline DP__AVX512 __m512 dp__load512(const unsigned char *x, int dtype) {
-    if (dtype == DP_FLOAT32) return _mm512_loadu_ps((const float *)(const void *)x);
-    const __m256i half = _mm256_loadu_si256((const __m256i *)(const void *)x);
-    if (dtype == DP_FLOAT16) return _mm512_cvtph_ps(half);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-/* A chunk of n floats (a multiple of 64) whose first goes to bucket 0. Returns 0, with nothing done, where one is NaN or
- * infinite. */
-static inline __attribute__((always_inline)) DP__AVX512 int dp__rounds512(const unsigned char *x, int dtype, size_t n,
-                                                                      const uint64_t *signs, double *sums, dp__sums *s) {
-    const size_t size = dtype == DP_FLOAT32 ? 4 : 2;
-    dp__lanes512 a;
-    size_t i;
-    int b;
-    memset(&a, 0, sizeof a);
-    a.min = _mm512_set1_ps(INFINITY), a.max = _mm512_set1_ps(-INFINITY);
-    for (b = 0; b < 8; b++) a.sketch[b] = _mm512_loadu_pd(sums + 8 * b);
-    for (i = 0; i < n; i += 64) {
-        const uint64_t bits = signs[i / 64];
-        const unsigned char *at = x + i * size;
-        dp__sixteen(&a, dp__load512(at, dtype), (unsigned)(bits & 0xFFFF), 0);
-        dp__sixteen(&a, dp__load512(at + 16 * size, dtype), (unsigned)(bits >> 16 & 0xFFFF), 1);
-        dp__sixteen(&a, dp__load512(at + 32 * size, dtype), (unsigned)(bits >> 32 & 0xFFFF), 2);
-        dp__sixteen(&a, dp__load512(at + 48 * size, dtype), (unsigned)(bits >> 48), 3);
-    }
-    if (a.wild) return 0;
-    for (b = 0; b < 8; b++) _mm512_storeu_pd(sums + 8 * b, a.sketch[b]);
-    s->sum = _mm512_reduce_add_pd(_mm512_add_pd(a.sum[0], a.sum[1]));
-    s->abs_sum = _mm512_reduce_add_pd(_mm512_add_pd(a.abs[0], a.abs[1]));
-    s->squares = _mm512_reduce_add_pd(_mm512_add_pd(a.squares[0], a.squares[1]));
-    s->min = (double)_mm512_reduce_min_ps(a.min), s->max = (double)_mm512_reduce_max_ps(a.max);
-    s->nz = a.nz, s->finite = (int64_t)n;
-    return 1;
-}
-
-/* The dtype is a constant in each, so that the loop has no branch. */
-static DP__AVX512 int dp__chunk512(const unsigned char *x, int dtype, size_t n, const uint64_t *signs, double *sums, dp__sums *s) {
-    if (dtype == DP_FLOAT32) return dp__rounds512(x, DP_FLOAT32, n, signs, sums, s);
-    if (dtype == DP_FLOAT16) return dp__rounds512(x, DP_FLOAT16, n, signs, sums, s);
-    return dp__rounds512(x, DP_BFLOAT16, n, signs, sums, s);
-}
-
-static inline DP__AVX2 __m256 dp__load256(const unsigned char *x, int dtype) {
-    if (dtype == DP_FLOAT32) return _mm256_loadu_ps((const float *)(const void *)x);
-    const __m128i half = _mm_loadu_si128((const __m128i *)(const void *)x);
-    if (dtype == DP_FLOAT16) return _mm256_cvtph_ps(half);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-}
-
-static inline DP__AVX2 double dp__sum256(__m256d v) {
-    double lane[4];
-    _mm256_storeu_pd(lane, v);
-    return (lane[0] + lane[1]) + (lane[2] + lane[3]);
-}
-
-static inline __attribute__((always_inline)) DP__AVX2 int dp__rounds256(const unsigned char *x, int dtype, size_t n,
-                                                                    const uint64_t *signs, double *sums, dp__sums *s) {
-    const size_t size = dtype == DP_FLOAT32 ? 4 : 2;
-    const __m256i exponent = _mm256_set1_epi32(0x7F800000), places = _mm256_setr_epi64x(1, 2, 4, 8);
-    const __m256d minus = _mm256_set1_pd(-0.0);
-    __m256d sum = _mm256_setzero_pd(), abs = sum, squares = sum;
-    __m256 min = _mm256_set1_ps(INFINITY), max = _mm256_set1_ps(-INFINITY);
-    __m256i wild = _mm256_setzero_si256();
-    double now[64];
-    float lane[8];
-    int64_t nz = 0;
-    size_t i, g;
-    memcpy(now, sums, sizeof now);
-    for (i = 0; i < n; i += 64)
-        for (g = 0; g < 64; g += 8) {
-            const __m256 v = dp__load256(x + (i + g) * size, dtype);
-            const __m256d both[2] = {_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))};
-            const uint64_t bits = signs[i / 64] >> g;
-            int h;
-            wild = _mm256_or_si256(wild, _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_castps_si256(v), exponent), exponent));
-            nz += __builtin_popcount((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ)));
-            min = _mm256_min_ps(min, v), max = _mm256_max_ps(max, v);
-            for (h = 0; h < 2; h++) {
-                const __m256i four = _mm256_set1_epi64x((int64_t)(bits >> (4 * h)));
-                const __m256i set = _mm256_cmpeq_epi64(_mm256_and_si256(four, places), places);
-                const __m256d turned = _mm256_xor_pd(both[h], _mm256_and_pd(_mm256_castsi256_pd(set), minus));
-                double *bucket = now + g + 4 * (size_t)h;
-                _mm256_storeu_pd(bucket, _mm256_add_pd(_mm256_loadu_pd(bucket), turned));
-                sum = _mm256_add_pd(sum, both[h]), abs = _mm256_add_pd(abs, _mm256_andnot_pd(minus, both[h]));
-                squares = _mm256_fmadd_pd(both[h], both[h], squares);
-            }
-        }
-    if (!_mm256_testz_si256(wild, wild)) return 0;
-    memcpy(sums, now, sizeof now);
-    s->sum = dp__sum256(sum), s->abs_sum = dp__sum256(abs), s->squares = dp__sum256(squares);
-    _mm256_storeu_ps(lane, min), s->min = (double)lane[0];
-    for (g = 1; g < 8; g++) s->min = (double)lane[g] < s->min ? (double)lane[g] : s->min;
-    _mm256_storeu_ps(lane, max), s->max = (double)lane[0];
-    for (g = 1; g < 8; g++) s->max = (double)lane[g] > s->max ? (double)lane[g] : s->max;
-    s->nz = nz, s->finite = (int64_t)n;
-    return 1;
-}
-
-static DP__AVX2 int dp__chunk256(const unsigned char *x, int dtype, size_t n, const uint64_t *signs, double *sums, dp__sums *s) {
-    if (dtype == DP_FLOAT32) return dp__rounds256(x, DP_FLOAT32, n, signs, sums, s);
-    if (dtype == DP_FLOAT16) return dp__rounds256(x, DP_FLOAT16, n, signs, sums, s);
-    return dp__rounds256(x, DP_BFLOAT16, n, signs, sums, s);
-}
-
-/* Compilers know the name of this feature only since 2024. Where there is AVX2 the system keeps its registers too. */
-static int dp__has_f16c(void) {
-    unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
-}
-
 /* Compute a chunk in vectors, if this machine, this dtype and this chunk allow it; else return 0, with nothing done. */
-static int dp__in_vectors(const unsigned char *data, int dtype, size_t n, dp__sketcher *s, dp__sums *part) {
-    size_t at = (size_t)(s->next % DP__BLOCK);
-    int done = 0;
-    if (dtype != DP_FLOAT32 && dtype != DP_FLOAT16 && dtype != DP_BFLOAT16) return 0;
-    if (s->size != 64 || n % 64 || at % 64 || !n) return 0;
+static int dp__in_vectors(const unsigned char *data, int dtype, size_t n, dp__sketcher *s, dp__sums *part, double *room) {
+    const size_t at = (size_t)(s->next % DP__BLOCK);
+    const int level = dp__level();
+    const float *x;
+    if (!level || s->size != 64 || n % 64 || at % 64 || !n) return 0;
+    if (!(x = dp__floats(data, dtype, n, (float *)(void *)room))) return 0;
     if (at == 0) s->signs = dp__signs(s->next / DP__BLOCK, s->own);
-    __builtin_cpu_init();
-    if (DP__HAS_AVX512) done = dp__chunk512(data, dtype, n, s->signs + at / 64, s->sums, part);
-    else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && dp__has_f16c())
-        done = dp__chunk256(data, dtype, n, s->signs + at / 64, s->sums, part);
-    if (done) {
-        s->next += n;
-        if ((s->filled += n) == s->block) dp__end_block(s);
-    }
-    return done;
+    if (!(level == 2 ? dp__rounds512 : dp__rounds256)(x, n, s->signs + at / 64, s->sums, part)) return 0;
+    s->next += n;
+    if ((s->filled += n) == s->block) dp__end_block(s);
+    return 1;
 }
 #else
-static int dp__in_vectors(const unsigned char *data, int dtype, size_t n, dp__sketcher *s, dp__sums *part) {
-    (void)data, (void)dtype, (void)n, (void)s, (void)part;
+static int dp__in_vectors(const unsigned char *data, int dtype, size_t n, dp__sketcher *s, dp__sums *part, double *room) {
+    (void)data, (void)dtype, (void)n, (void)s, (void)part, (void)room;
     return 0;
 }
 #endif
@@ -679,80 +900,126 @@ static int dp__in_vectors(const unsigned char *data, int dtype, size_t n, dp__sk
 /* The hashes of a tensor's rows, of `bytes` each, taken from its canonical bytes as they go by. */
 typedef struct dp__rows {
     uint64_t *hashes;
-    size_t bytes, filled;
-    XXH3_state_t *state; /* of the row that is begun */
+    size_t bytes;
+    dp__hasher *hasher; /* of the row that is begun */
 } dp__rows;
 
 static void dp__hash_rows(dp__rows *r, const unsigned char *data, size_t n) {
+    dp__hasher *h = r->hasher;
     while (n) {
-        size_t part = r->bytes - r->filled < n ? r->bytes - r->filled : n;
-        if (part == r->bytes) {
+        size_t left = r->bytes - (size_t)h->seen, part = left < n ? left : n;
+        if (part == r->bytes && part <= DP__SHORT) {
             *r->hashes++ = XXH3_64bits(data, part);
         } else {
-            if (!r->filled) XXH3_64bits_reset(r->state);
-            XXH3_64bits_update(r->state, data, part);
-            if ((r->filled += part) == r->bytes) *r->hashes++ = XXH3_64bits_digest(r->state), r->filled = 0;
+            if (!h->seen) dp__hash_begin(h, r->bytes);
+            dp__hash_add(h, data, part);
+            if (part == left) *r->hashes++ = dp__hash_end(h), h->seen = 0;
         }
         data += part, n -= part;
     }
 }
 
-/* Pass over a tensor once: hash, moments, sketch, and `rows` where they are asked for, of a chunk while it is in cache. */
-static void dp__measure(const dp_tensor *t, size_t size, dp_fingerprint *f, double *sketch, dp__rows *rows, dp__room *room) {
-    dp__cursor c = dp__cursor_of(t);
-    dp__sketcher s;
-    const unsigned char *canonical;
-    dp__sums all = {0, 0, 0, 0, 0, 0, 0};
-    size_t b, element = dp__dtypes[t->dtype].size;
-    double top;
-    memset(&s, 0, sizeof s);
-    s.sums = room->sums, s.totals = sketch, s.size = size, s.block = DP__BLOCK / size * size, s.own = room->signs;
-    memset(f, 0, sizeof *f);
-    for (b = 0; b < size; b++) sketch[b] = room->sums[b] = 0.0;
-    XXH3_64bits_reset(room->state);
-    while (c.left) {
-        size_t n = c.left < DP__CHUNK ? c.left : DP__CHUNK, whole = n / 64 * 64;
-        const unsigned char *data = dp__take(&c, n, room->bytes);
-        dp__sums part = {0, 0, 0, 0, 0, 0, 0};
-        canonical = dp__canonical(&c, data, n, room->spare);
-        XXH3_64bits_update(room->state, canonical, n * element);
-        if (rows) dp__hash_rows(rows, canonical, n * element);
-        if (dp__in_vectors(data, t->dtype, whole, &s, &part)) {
-            dp__pool(&all, &part);
-            data += whole * element, n -= whole;
-        }
-        if (!n) continue;
-        dp__to_double(data, t->dtype, n, room->values);
-        part = dp__moments(room->values, n, f);
-        dp__pool(&all, &part);
-        dp__sketch(&s, room->values, n);
+/* What is known of a tensor up to an element. Passes over parts of it, each whole blocks, give the same as one pass. */
+typedef struct dp__pass {
+    dp__cursor cursor;
+    dp__sketcher sketch;
+    dp__sums sums;
+    int64_t nan_count, inf_count;
+    dp__room *room;
+} dp__pass;
+
+/* From element `first`, which begins a sketch block; `totals` are written. */
+static dp__pass dp__begin_pass(const dp_tensor *t, int64_t first, size_t size, double *totals, dp__room *room) {
+    dp__pass p;
+    size_t b;
+    memset(&p, 0, sizeof p);
+    p.cursor = dp__cursor_of(t), p.room = room;
+    dp__seek(&p.cursor, first);
+    p.sketch.sums = room->sums, p.sketch.totals = totals, p.sketch.own = room->signs;
+    p.sketch.size = size, p.sketch.block = DP__BLOCK / size * size, p.sketch.next = (uint64_t)first;
+    for (b = 0; b < size; b++) totals[b] = room->sums[b] = 0.0;
+    return p;
+}
+
+/* Add a chunk, whole rounds in vectors where that can be, to `block`. */
+static void dp__sum_chunk(dp__pass *p, const unsigned char *data, size_t n, dp__sums *block) {
+    const int dtype = p->cursor.tensor->dtype;
+    const size_t whole = n / 64 * 64;
+    dp__sums part = {0, 0, 0, 0, 0, 0, 0};
+    if (dp__in_vectors(data, dtype, whole, &p->sketch, &part, p->room->values)) {
+        dp__pool(block, &part);
+        data += whole * dp__dtypes[dtype].size, n -= whole;
     }
-    if (s.filled) dp__end_block(&s);
-    f->hash = XXH3_64bits_digest(room->state);
-    f->nz_count = all.nz, f->min = all.min, f->max = all.max;
-    f->abs_sum = dp__saturate(all.abs_sum);
-    f->mean = all.finite ? all.sum / (double)all.finite : 0.0;
-    f->l2 = sqrt(all.squares);
-    top = fabs(all.min) > fabs(all.max) ? fabs(all.min) : fabs(all.max);
-    b = !(fabs(f->mean) <= DBL_MAX);
-    if (top > 0 && (b || top <= 1e-100 || top >= 1e100))
-        dp__scaled_moments(t, top, all.finite, room->values, room->bytes, f, (int)b);
+    if (!n) return;
+    dp__to_double(data, dtype, n, p->room->values);
+    part = dp__moments(p->room->values, n, &p->nan_count, &p->inf_count);
+    dp__pool(block, &part);
+    dp__sketch(&p->sketch, p->room->values, n);
+}
+
+#define DP__HASH 1
+#define DP__SUM 2
+
+/* Pass over the next 65536 elements, or what there is, and do what is asked for with each chunk while it is in cache. */
+static void dp__pass_block(dp__pass *p, int what, dp__hasher *whole, dp__rows *rows) {
+    const size_t size = dp__dtypes[p->cursor.tensor->dtype].size;
+    size_t left = p->cursor.left < DP__BLOCK ? p->cursor.left : DP__BLOCK, n;
+    dp__sums block = {0, 0, 0, 0, 0, 0, 0};
+    for (; left; left -= n) {
+        const unsigned char *data, *canonical;
+        n = left < DP__CHUNK ? left : DP__CHUNK;
+        data = dp__take(&p->cursor, n, p->room->bytes);
+        if (what & DP__HASH) {
+            canonical = dp__canonical(&p->cursor, data, n, (unsigned char *)p->room->values);
+            dp__hash_add(whole, canonical, n * size);
+            if (rows) dp__hash_rows(rows, canonical, n * size);
+        }
+        if (what & DP__SUM) dp__sum_chunk(p, data, n, &block);
+    }
+    dp__pool(&p->sums, &block);
+}
+
+/* What the sums of a whole tensor come to. */
+static void dp__conclude(const dp_tensor *t, const dp__pass *p, uint64_t hash, dp_fingerprint *f) {
+    const dp__sums *all = &p->sums;
+    double top = fabs(all->min) > fabs(all->max) ? fabs(all->min) : fabs(all->max);
+    int overflowed;
+    f->hash = hash, f->nan_count = p->nan_count, f->inf_count = p->inf_count;
+    f->nz_count = all->nz, f->min = all->min, f->max = all->max;
+    f->abs_sum = dp__saturate(all->abs_sum);
+    f->mean = all->finite ? all->sum / (double)all->finite : 0.0;
+    f->l2 = sqrt(all->squares);
+    overflowed = !(fabs(f->mean) <= DBL_MAX);
+    if (top > 0 && (overflowed || top <= 1e-100 || top >= 1e100))
+        dp__scaled_moments(t, top, all->finite, p->room->values, p->room->bytes, f, overflowed);
+}
+
+/* Pass over a tensor once: hash, moments, sketch, and `rows` where they are asked for. */
+static void dp__measure(const dp_tensor *t, size_t size, dp_fingerprint *f, double *sketch, dp__rows *rows, dp__room *room) {
+    const unsigned mode = dp__plain_arithmetic();
+    dp__pass p = dp__begin_pass(t, 0, size, sketch, room);
+    dp__hash_begin(&room->whole, (uint64_t)p.cursor.left * dp__dtypes[t->dtype].size);
+    while (p.cursor.left) dp__pass_block(&p, DP__HASH | DP__SUM, &room->whole, rows);
+    if (p.sketch.filled) dp__end_block(&p.sketch);
+    dp__conclude(t, &p, dp__hash_end(&room->whole), f);
+    dp__arithmetic_again(mode);
 }
 
 /* The hash of row r of the first axis. */
 static uint64_t dp__row_hash(const dp_tensor *t, int64_t r, dp__room *room) {
+    const size_t size = dp__dtypes[t->dtype].size;
     dp_tensor row = *t;
     dp__cursor c;
     row.shape[0] = 1;
-    row.data = (const unsigned char *)t->data + r * t->strides[0] * (int64_t)dp__dtypes[t->dtype].size;
+    row.data = (const unsigned char *)t->data + r * t->strides[0] * (int64_t)size;
     c = dp__cursor_of(&row);
-    XXH3_64bits_reset(room->state);
+    dp__hash_begin(&room->row, (uint64_t)c.left * size);
     while (c.left) {
         size_t n = c.left < DP__CHUNK ? c.left : DP__CHUNK;
         const unsigned char *data = dp__take(&c, n, room->bytes);
-        XXH3_64bits_update(room->state, dp__canonical(&c, data, n, room->spare), n * dp__dtypes[t->dtype].size);
+        dp__hash_add(&room->row, dp__canonical(&c, data, n, (unsigned char *)room->values), n * size);
     }
-    return XXH3_64bits_digest(room->state);
+    return dp__hash_end(&room->row);
 }
 
 static const char *dp__tensor_fault(const dp_tensor *t) {
@@ -775,7 +1042,7 @@ static const char *dp__tensor_fault(const dp_tensor *t) {
 dp_status dp_fingerprint_of(const dp_tensor *tensor, size_t sketch_size, dp_fingerprint *print, double *sketch) {
     dp__room *room;
     if (dp__tensor_fault(tensor) || !print || !sketch || sketch_size < 1 || sketch_size > DP__BLOCK) return DP_BAD_ARGUMENT;
-    if (!(room = dp__new_room())) return DP_NO_MEMORY;
+    if (!(room = dp__new_room(dp__elements(tensor), sketch_size))) return DP_NO_MEMORY;
     dp__measure(tensor, sketch_size, print, sketch, NULL, room);
     dp__free_room(room);
     return DP_OK;
@@ -1437,7 +1704,7 @@ static dp_status dp__keep(dp_trace *t, const char *name, const dp_tensor *tensor
     while (c.left) {
         size_t n = c.left < DP__CHUNK ? c.left : DP__CHUNK;
         const unsigned char *data = dp__take(&c, n, room->bytes);
-        if (fwrite(dp__canonical(&c, data, n, room->spare), size, n, t->spool) != n)
+        if (fwrite(dp__canonical(&c, data, n, (unsigned char *)room->values), size, n, t->spool) != n)
             return t->broken = dp__say(t->message, DP_NOT_WRITTEN, "%s: %s", t->spool_path, strerror(errno));
     }
     if (before > 1) dp__puts(&t->index, ",");
@@ -1459,7 +1726,7 @@ static dp_status dp__keep(dp_trace *t, const char *name, const dp_tensor *tensor
 
 static dp_status dp__record(dp_trace *t, const dp_key *key, const dp_tensor *tensor) {
     dp__text line, name;
-    dp__room *room = dp__new_room();
+    dp__room *room = dp__new_room(dp__elements(tensor), (size_t)t->sketch_size);
     double *sketch = (double *)malloc((size_t)t->sketch_size * sizeof *sketch);
     dp_fingerprint print;
     dp__digest digest = {0, 0};

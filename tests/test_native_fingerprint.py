@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,6 +61,14 @@ def test_every_value_of_a_small_dtype_is_read_as_it_is(header, dtype):
     assert_same(fingerprint_in_c(header, codes, 65536), fingerprint(codes, 65536))
 
 
+@pytest.mark.parametrize("dtype", [name for name in DTYPES if DTYPES[name].itemsize < 4])
+def test_finite_values_of_a_small_dtype_have_pythons_sums(header, dtype):
+    """NaN and infinity take another way: here every chunk goes through the vectors."""
+    array = sample(dtype, 70_000, seed=3).copy()
+    array[~np.isfinite(array.astype(np.float64))] = 1
+    assert_same(fingerprint_in_c(header, array), fingerprint(array))
+
+
 @pytest.mark.parametrize("size", [1, 2, 63, 64, 1000, 65535, 65536])
 def test_every_sketch_size_has_pythons_sums(header, size):
     array = np.random.default_rng(size).normal(size=150_001)
@@ -104,6 +113,44 @@ def test_what_is_not_finite_or_overflows_is_counted_and_saturates(header, values
 def test_any_bits_have_pythons_fingerprint(header, dtype, n, seed, size):
     array = sample(dtype, n, seed)
     assert_same(fingerprint_in_c(header, array, size), fingerprint(array, size))
+
+
+BYTES = np.random.default_rng(7).bytes(20_000)
+
+
+def hash_in_c(made: c.CDLL, data: bytes, piece: int) -> int:
+    made.dp_test_hash.restype = c.c_uint64
+    made.dp_test_hash.argtypes = [c.c_char_p, c.c_size_t, c.c_size_t]
+    return made.dp_test_hash(data, len(data), piece)
+
+
+def test_inputs_of_every_length_have_xxhashs_hash(header):
+    wrong = [n for n in range(5001) if hash_in_c(header, BYTES[:n], n + 1) != xxhash.xxh3_64_intdigest(BYTES[:n])]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("piece", [1, 7, 63, 64, 65, 128, 240, 241, 960, 1000, 1024, 1025, 4096])
+def test_the_hash_does_not_depend_on_the_pieces(header, piece):
+    lengths = [*range(230, 330), *range(1000, 1120), 2047, 2048, 2049, 8192, 10_007, 20_000]
+    wrong = [n for n in lengths if hash_in_c(header, BYTES[:n], piece) != xxhash.xxh3_64_intdigest(BYTES[:n])]
+    assert wrong == []
+
+
+def test_a_thread_that_takes_subnormals_for_zero_gives_the_same(header):
+    array = np.full(4096 + 5, 1e-40, np.float32)
+    array[::3], array[1::1000] = 3e-39, 1e-37
+    doubles = array.astype(np.float64) * 2.0**-900
+    expected = [fingerprint(array), fingerprint(doubles)]
+    try:
+        if not header.dp_test_flush_subnormals(1):
+            pytest.skip("only known to do this on x86")
+        found = [fingerprint_in_c(header, array), fingerprint_in_c(header, doubles)]
+        product = array[:1] * array.dtype.type(1)
+    finally:
+        header.dp_test_flush_subnormals(0)
+    assert product[0] == 0, "this thread did not take them for 0"
+    for theirs, ours in zip(found, expected, strict=True):
+        assert_same(theirs, ours)
 
 
 def test_the_header_is_found_where_the_command_says():

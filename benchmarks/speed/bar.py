@@ -62,7 +62,10 @@ _DECODE = (
     "after the model does, and where the machine has no core to spare all of it counts."
 )
 _SCORES = f"{_DECODE} Scores are a second product of query and keys, which a fused kernel does not show."
-_THREADS = "two threads share the memory's bandwidth; one tensor is not split over threads at all."
+_THREADS = (
+    "XXH3 goes through a tensor in order, so one thread at a time hashes while the others sum up blocks; the two share "
+    "the memory's bandwidth, and need a core each (docs/decisions/0008)."
+)
 _RUN = (
     "a run makes every arm's calls (prefills, decode steps, controls, the float64 rung), once for both modes; the bare "
     "script makes two. What the arms took of it stands in the table, `--ladder off` beside shows what the rung takes."
@@ -127,7 +130,7 @@ TARGETS = (
     Target("fingerprint", "float32, 1 Mi", 0.3, False, _share("float32", 1 << 20)),
     Target("fingerprint", "bfloat16, 64 Mi", 0.35, False, _share("bfloat16", 1 << 26)),
     Target("fingerprint", "bfloat16, 1 Mi", 0.2, False, _share("bfloat16", 1 << 20)),
-    Target("fingerprint", "two threads, a tensor of 64 Mi float32 each, ÷ one", 1.7, False, _two, _THREADS),
+    Target("fingerprint", "one tensor of 64 Mi float32 by two threads ÷ by one, rate", 1.7, False, _two, _THREADS),
     Target("run", "`driftprobe run` on builtin:tiny ÷ bare script", 1.6, True, _ran("builtin:tiny"), _RUN),
     Target("run", "`driftprobe run` on 12 × 768 ÷ bare script", 1.6, True, _ran("12 × 768"), _RUN),
     Target("starts", "`--help`, seconds", 0.4, True, _started("--help")),

@@ -1,35 +1,43 @@
 /* driftprobe._core: the fingerprint of include/driftprobe.h for Python, without the interpreter's lock.
  *
- * Tensors come as an address, a dtype's number, a shape and strides in bytes, so that no array library is needed to
- * build it. fingerprint.py calls it and keeps the array alive. SPDX-License-Identifier: Apache-2.0 */
+ * Tensors come as whatever has NumPy's array interface, with their dtype's number, so that no array library is needed to
+ * build it. The caller keeps the array alive. SPDX-License-Identifier: Apache-2.0 */
 #define Py_LIMITED_API 0x030A0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #define DRIFTPROBE_IMPLEMENTATION
 #include "driftprobe.h"
+#include "_together.h"
 #ifdef __SIZEOF_INT128__
 #include "_shortest.h"
 #endif
 
-/* Read (address, dtype, shape, strides in bytes) into a tensor; 0 with a Python error where that is none. */
-static int read_tensor(PyObject *address, int dtype, PyObject *shape, PyObject *strides, dp_tensor *t) {
-    Py_ssize_t d, ndim = PyTuple_Size(shape);
-    int64_t size;
+/* NumPy's array interface, by its own description: what `__array_struct__` points to. */
+typedef struct interface {
+    int two, ndim;
+    char kind;
+    int size, flags;
+    Py_ssize_t *shape, *strides;
+    void *data;
+} interface;
+
+/* Read an array into a tensor; 0 with a Python error where it is none of this dtype's size. */
+static int read_array(PyObject *array, int dtype, dp_tensor *t) {
+    PyObject *capsule = PyObject_GetAttrString(array, "__array_struct__");
+    const interface *found = capsule ? (const interface *)PyCapsule_GetPointer(capsule, NULL) : NULL;
+    int d, fits;
     memset(t, 0, sizeof *t);
-    if (ndim < 0 || PyTuple_Size(strides) != ndim || ndim > DP_MAX_DIMS) {
-        if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "shape and strides of two lengths, or too many axes");
-        return 0;
+    fits = found && found->two == 2 && dtype >= 0 && dtype <= DP_BOOL && found->size == (int)dp__dtypes[dtype].size
+           && found->ndim <= DP_MAX_DIMS;
+    if (fits) t->data = found->data, t->dtype = dtype, t->ndim = found->ndim;
+    for (d = 0; fits && d < found->ndim; d++) {
+        t->shape[d] = found->shape[d], t->strides[d] = found->strides[d] / found->size;
+        fits = found->strides[d] % found->size == 0;
     }
-    t->data = PyLong_AsVoidPtr(address), t->dtype = dtype, t->ndim = (int)ndim;
-    size = dtype < 0 || dtype > DP_BOOL ? 1 : (int64_t)dp__dtypes[dtype].size;
-    for (d = 0; d < ndim; d++) {
-        t->shape[d] = PyLong_AsLongLong(PyTuple_GetItem(shape, d));
-        t->strides[d] = PyLong_AsLongLong(PyTuple_GetItem(strides, d));
-        if (t->strides[d] % size && !PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a stride that is no element");
-        t->strides[d] /= size;
-    }
-    return PyErr_Occurred() == NULL;
+    Py_XDECREF(capsule);
+    if (!fits && !PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "not an array of this dtype");
+    return fits;
 }
 
 /* A hash as the format writes it: 0x and 16 lower-case hexadecimal digits. */
@@ -55,27 +63,27 @@ typedef struct measured {
     int64_t hashed;
 } measured;
 
-/* Pass over a tensor, and hash its rows in the same pass; those of empty rows one by one. */
-static int measure(const dp_tensor *t, size_t size, measured *m, dp__room *room) {
+/* Pass over a tensor, and hash its rows in the same pass; those of empty rows one by one. 0 where there is no memory. */
+static int measure(const dp_tensor *t, size_t size, measured *m, dp__room *room, int threads) {
     dp__rows rows;
     int64_t r, fused = m->hashed > 0 && dp__elements(t) > 0;
-    memset(&rows, 0, sizeof rows);
-    if (!room || (fused && !(rows.state = XXH3_createState()))) return 0;
-    if (fused) rows.hashes = m->hashes, rows.bytes = (size_t)(dp__elements(t) / m->hashed) * dp__dtypes[t->dtype].size;
-    dp__measure(t, size, &m->print, m->sketch, fused ? &rows : NULL, room);
+    if (!room) return 0;
+    rows.hasher = &room->row, room->row.seen = 0;
+    rows.hashes = m->hashes, rows.bytes = fused ? (size_t)(dp__elements(t) / m->hashed) * dp__dtypes[t->dtype].size : 0;
+    if (!measure_together(t, size, &m->print, m->sketch, fused ? &rows : NULL, room, threads))
+        dp__measure(t, size, &m->print, m->sketch, fused ? &rows : NULL, room);
     for (r = 0; !fused && r < m->hashed; r++) m->hashes[r] = dp__row_hash(t, r, room);
-    if (rows.state) XXH3_freeState(rows.state);
     return 1;
 }
 
-static PyObject *fingerprint_of(const dp_tensor *t, size_t size, measured *m) {
+static PyObject *fingerprint_of(const dp_tensor *t, size_t size, measured *m, int threads) {
     PyObject *sums, *rows = NULL;
     dp__room *room;
     size_t b;
     int done;
     Py_BEGIN_ALLOW_THREADS
-    room = dp__new_room();
-    done = measure(t, size, m, room);
+    room = dp__new_room(dp__elements(t), size);
+    done = measure(t, size, m, room, threads);
     dp__free_room(room);
     Py_END_ALLOW_THREADS
     if (!done) return PyErr_NoMemory();
@@ -92,41 +100,42 @@ static PyObject *fingerprint_of(const dp_tensor *t, size_t size, measured *m) {
 }
 
 static PyObject *fingerprint(PyObject *self, PyObject *args) {
-    PyObject *address, *shape, *strides, *found;
+    PyObject *array, *found;
     dp_tensor t;
     measured m;
     Py_ssize_t size;
-    int dtype, with_rows;
+    int dtype, with_rows, threads;
     (void)self;
-    if (!PyArg_ParseTuple(args, "OiO!O!np", &address, &dtype, &PyTuple_Type, &shape, &PyTuple_Type, &strides, &size, &with_rows)) return NULL;
-    if (!read_tensor(address, dtype, shape, strides, &t)) return NULL;
+    if (!PyArg_ParseTuple(args, "Oinpi", &array, &dtype, &size, &with_rows, &threads)) return NULL;
+    if (!read_array(array, dtype, &t)) return NULL;
     if (size < 1 || size > DP__BLOCK) return PyErr_Format(PyExc_ValueError, "a sketch of %zd sums", size);
+    if (threads < 1) return PyErr_Format(PyExc_ValueError, "%d threads", threads);
     if (dp__tensor_fault(&t) || (with_rows && t.ndim < 1)) return PyErr_Format(PyExc_ValueError, "not a tensor of the format");
     memset(&m, 0, sizeof m);
     m.hashed = with_rows ? t.shape[0] : -1;
     m.sketch = (double *)malloc((size_t)size * sizeof *m.sketch);
     m.hashes = (uint64_t *)malloc((size_t)(m.hashed > 0 ? m.hashed : 1) * sizeof *m.hashes);
-    found = m.sketch && m.hashes ? fingerprint_of(&t, (size_t)size, &m) : PyErr_NoMemory();
+    found = m.sketch && m.hashes ? fingerprint_of(&t, (size_t)size, &m, threads) : PyErr_NoMemory();
     free(m.sketch), free(m.hashes);
     return found;
 }
 
 static PyObject *row_hashes(PyObject *self, PyObject *args) {
-    PyObject *address, *shape, *strides, *found;
+    PyObject *array, *found;
     dp__room *room;
     dp_tensor t;
     uint64_t *hashes;
     int64_t r, rows;
     int dtype;
     (void)self;
-    if (!PyArg_ParseTuple(args, "OiO!O!", &address, &dtype, &PyTuple_Type, &shape, &PyTuple_Type, &strides)) return NULL;
-    if (!read_tensor(address, dtype, shape, strides, &t)) return NULL;
+    if (!PyArg_ParseTuple(args, "Oi", &array, &dtype)) return NULL;
+    if (!read_array(array, dtype, &t)) return NULL;
     if (dp__tensor_fault(&t) || t.ndim < 1) return PyErr_Format(PyExc_ValueError, "not a tensor with rows");
     rows = t.shape[0];
     hashes = (uint64_t *)malloc((size_t)(rows ? rows : 1) * sizeof *hashes);
     if (!hashes) return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
-    if ((room = dp__new_room()) != NULL)
+    if ((room = dp__new_room(dp__elements(&t), 0)) != NULL)
         for (r = 0; r < rows; r++) hashes[r] = dp__row_hash(&t, r, room);
     dp__free_room(room);
     Py_END_ALLOW_THREADS
@@ -204,33 +213,6 @@ static int write_line(job *j, size_t size) {
     return 1;
 }
 
-/* NumPy's array interface, by its own description: what `__array_struct__` points to. */
-typedef struct interface {
-    int two, ndim;
-    char kind;
-    int size, flags;
-    Py_ssize_t *shape, *strides;
-    void *data;
-} interface;
-
-/* Read an array into a tensor; 0 with a Python error where it is none of this dtype's size. */
-static int read_array(PyObject *array, int dtype, dp_tensor *t) {
-    PyObject *capsule = PyObject_GetAttrString(array, "__array_struct__");
-    const interface *found = capsule ? (const interface *)PyCapsule_GetPointer(capsule, NULL) : NULL;
-    int d, fits;
-    memset(t, 0, sizeof *t);
-    fits = found && found->two == 2 && dtype >= 0 && dtype <= DP_BOOL && found->size == (int)dp__dtypes[dtype].size
-           && found->ndim <= DP_MAX_DIMS;
-    if (fits) t->data = found->data, t->dtype = dtype, t->ndim = found->ndim;
-    for (d = 0; fits && d < found->ndim; d++) {
-        t->shape[d] = found->shape[d], t->strides[d] = found->strides[d] / found->size;
-        fits = found->strides[d] % found->size == 0;
-    }
-    Py_XDECREF(capsule);
-    if (!fits && !PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "not an array of this dtype");
-    return fits;
-}
-
 /* Read one of Python's jobs, and make room for what comes of it; 0 with a Python error. */
 static int read_job(PyObject *given, size_t size, job *j) {
     PyObject *text[3], *array;
@@ -258,11 +240,14 @@ static PyObject *lines_of(job *jobs, Py_ssize_t count, size_t size) {
     PyObject *found, *line;
     dp__room *room;
     Py_ssize_t i;
+    int64_t most = 0;
     int fault = 0;
     Py_BEGIN_ALLOW_THREADS
-    room = dp__new_room();
+    for (i = 0; i < count; i++)
+        if (dp__elements(&jobs[i].t) > most) most = dp__elements(&jobs[i].t);
+    room = dp__new_room(most, size);
     for (i = 0; i < count && !fault; i++)
-        fault = !measure(&jobs[i].t, size, &jobs[i].m, room) ? 1 : !write_line(&jobs[i], size) ? 2 : 0;
+        fault = !measure(&jobs[i].t, size, &jobs[i].m, room, 1) ? 1 : !write_line(&jobs[i], size) ? 2 : 0;
     dp__free_room(room);
     Py_END_ALLOW_THREADS
     if (fault == 1) return PyErr_NoMemory();
@@ -302,8 +287,8 @@ static PyMethodDef methods[] = {
      "lines(jobs, size): the JSON line of each (before the hash, behind it, end, array, dtype, rows)"},
 #endif
     {"fingerprint", fingerprint, METH_VARARGS,
-     "fingerprint(address, dtype, shape, strides, size, rows): hash, nz, abs_sum, min, max, mean, l2, nan, inf, sketch, row hashes or None"},
-    {"row_hashes", row_hashes, METH_VARARGS, "row_hashes(address, dtype, shape, strides): a hash for each row"},
+     "fingerprint(array, dtype, size, rows, threads): hash, nz, abs_sum, min, max, mean, l2, nan, inf, sketch, row hashes or None"},
+    {"row_hashes", row_hashes, METH_VARARGS, "row_hashes(array, dtype): a hash for each row"},
     {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_core", NULL, -1, methods, NULL, NULL, NULL, NULL};

@@ -120,39 +120,40 @@ def canonical_bytes(array: Array) -> bytes:
 def row_hashes(array: Array) -> tuple[str, ...]:
     """Return the hash of each slice along the first axis (one a position for a K/V cache tap)."""
     if core is not None and array.ndim:
-        where, _alive = _where_for_core(array)
-        hashes: tuple[str, ...] = core.row_hashes(*where)
+        hashes: tuple[str, ...] = core.row_hashes(*for_core(array))
         return hashes
     return tuple(hash_bytes(canonical_bytes(row)) for row in array)
 
 
-def fingerprint(array: Array, sketch_size: int = SKETCH_SIZE) -> Fingerprint:
+def fingerprint(array: Array, sketch_size: int = SKETCH_SIZE, *, threads: int = 1) -> Fingerprint:
     """Return the fingerprint of an array of any dtype in `DTYPES`, of any shape and strides, empty ones included.
 
-    Raises KeyError where the format has no such dtype, ValueError for a `sketch_size` outside 1 to 65536.
+    `threads` changes nothing in it: tensors of a million elements or more are done that much sooner (by the core, with
+    sketches of the usual size). Raises KeyError where the format has no such dtype, ValueError for a `sketch_size`
+    outside 1 to 65536 or fewer than one thread.
     """
-    fields, _ = fields_and_rows(array, sketch_size, rows=False)
+    fields, _ = fields_and_rows(array, sketch_size, rows=False, threads=threads)
     return Fingerprint(**fields)
 
 
 def fields_and_rows(
-    array: Array, sketch_size: int = SKETCH_SIZE, *, rows: bool
+    array: Array, sketch_size: int = SKETCH_SIZE, *, rows: bool, threads: int = 1
 ) -> tuple[dict[str, Any], tuple[str, ...] | None]:
     """Return the fields of an array's Fingerprint, and with `rows` the hash of each slice along its first axis.
 
     One pass for both. Raises as `fingerprint`; `rows` asks for an array of one axis or more.
     """
+    if threads < 1:
+        raise ValueError(f"{threads} threads")
     if core is None:
         print_ = reference_fingerprint(array, sketch_size)
         return {name: getattr(print_, name) for name in _FIELDS}, row_hashes(array) if rows else None
-    where, _alive = _where_for_core(array)
-    *measured, hashes = core.fingerprint(*where, sketch_size, rows)
+    *measured, hashes = core.fingerprint(*for_core(array), sketch_size, rows, threads)
     return dict(zip(_FIELDS, (dtype_name(array), array.shape, *measured), strict=True)), hashes
 
 
 _FIELDS = tuple(spec.name for spec in fields(Fingerprint))
 """The core returns them in this order, behind dtype and shape."""
-_Where = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
 def for_core(array: Array) -> tuple[Array, int]:
@@ -169,12 +170,6 @@ def for_core(array: Array) -> tuple[Array, int]:
     if array.ndim > _MAX_DIMS or (not array.flags.aligned and any(stride % size for stride in array.strides)):
         array = np.ascontiguousarray(array).reshape(array.shape[0], math.prod(array.shape[1:]))
     return array, code
-
-
-def _where_for_core(array: Array) -> tuple[_Where, Array]:
-    """Return where an array lies (address, dtype, shape, strides in bytes), and what keeps it alive."""
-    array, code = for_core(array)
-    return (array.ctypes.data, code, array.shape, array.strides), array
 
 
 def reference_fingerprint(array: Array, sketch_size: int = SKETCH_SIZE) -> Fingerprint:
