@@ -62,6 +62,11 @@ _DECODE = (
     "after the model does, and where the machine has no core to spare all of it counts."
 )
 _SCORES = f"{_DECODE} Scores are a second product of query and keys, which a fused kernel does not show."
+_WORK = (
+    "hash, sketch and eight statistics in float64 are 42 vector operations for 64 bytes of float32 and 82 for 64 of "
+    "bfloat16, of which this kind of processor starts four a cycle: from memory that is near the time of reading, in "
+    "cache it is beyond it (docs/decisions/0008; `python -m benchmarks.fingerprint --parts`)."
+)
 _THREADS = (
     "XXH3 goes through a tensor in order, so one thread at a time hashes while the others sum up blocks; the two share "
     "the memory's bandwidth, and need a core each (docs/decisions/0008)."
@@ -126,10 +131,10 @@ TARGETS = (
     Target(
         "capture", "bfloat16 decode, scores off", 1.15, True, _captured("bfloat16", "decode", "scores off"), _DECODE
     ),
-    Target("fingerprint", "float32, 64 Mi elements: share of reading", 0.5, False, _share("float32", 1 << 26)),
-    Target("fingerprint", "float32, 1 Mi", 0.3, False, _share("float32", 1 << 20)),
-    Target("fingerprint", "bfloat16, 64 Mi", 0.35, False, _share("bfloat16", 1 << 26)),
-    Target("fingerprint", "bfloat16, 1 Mi", 0.2, False, _share("bfloat16", 1 << 20)),
+    Target("fingerprint", "float32, 64 Mi elements: share of reading", 0.5, False, _share("float32", 1 << 26), _WORK),
+    Target("fingerprint", "float32, 1 Mi", 0.3, False, _share("float32", 1 << 20), _WORK),
+    Target("fingerprint", "bfloat16, 64 Mi", 0.35, False, _share("bfloat16", 1 << 26), _WORK),
+    Target("fingerprint", "bfloat16, 1 Mi", 0.2, False, _share("bfloat16", 1 << 20), _WORK),
     Target("fingerprint", "one tensor of 64 Mi float32 by two threads ÷ by one, rate", 1.7, False, _two, _THREADS),
     Target("run", "`driftprobe run` on builtin:tiny ÷ bare script", 1.6, True, _ran("builtin:tiny"), _RUN),
     Target("run", "`driftprobe run` on 12 × 768 ÷ bare script", 1.6, True, _ran("12 × 768"), _RUN),

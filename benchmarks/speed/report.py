@@ -43,14 +43,14 @@ def _where(name: str, part: Found) -> str:
 
 def _bar(known: Found) -> Iterator[str]:
     yield from ("## The bar", "", row(["what", "target", "measured", "met"]), "|---|---|---|---|")
-    unmet: dict[str, str] = {}
+    unmet: dict[str, list[str]] = {}
     for each in verdicts(known):
         yield row([each.what, each.target, each.measured or "not measured", each.met])
         if each.met == "no" and each.reason:
-            unmet[each.reason] = each.what
+            unmet.setdefault(each.reason, []).append(each.what)
     yield ""
     for reason, what in unmet.items():
-        yield from (f"**{what}**: {reason}", "")
+        yield from (f"**{'; '.join(what)}**: {reason}", "")
 
 
 def told(ratio: Found) -> str:
