@@ -58,7 +58,10 @@ def test_the_page_tells_what_was_measured_and_what_was_not_and_the_reason_of_a_t
     slow = found_in_one_part(1.5)
     assert "| float32 decode, scores off | ≤ 1.12 | 1.500 | no |" in render(slow)
     assert "its profile is not measured yet" in render(slow)
-    assert "**float32 decode, scores off; bfloat16 decode, scores off**: its profile" in render(slow)
+    assert (
+        "float32 decode, scores off; float32 decode, scores on; bfloat16 decode, scores off**: its profile"
+        in render(slow)
+    )
     shares = {"model": 40.0, "hooks": 2.5, "begun": 6.1, "written": 1.4}
     slow["breakdown"] = {**slow["capture"], "found": shares}
     assert "own thread, 2.5 ms" in render(slow)
