@@ -199,12 +199,19 @@ typedef pthread_mutex_t dp__lock;
 #else
 #define DP__THREAD __thread
 #endif
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(DRIFTPROBE_SCALAR)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(DRIFTPROBE_SCALAR) \
+    && (!defined(_WIN32) || defined(__clang__)) /* GCC leaves the stack there at 16 bytes, too few for a vector */
 #include <cpuid.h>
 #include <immintrin.h>
 #define DP__X86 1
 #else
 #define DP__X86 0
+#endif
+
+#ifdef __GNUC__
+#define DP__APART __attribute__((noinline))
+#else
+#define DP__APART
 #endif
 
 /* ---- dtypes: the one door to double ---- */
@@ -685,7 +692,7 @@ static void dp__hash_add(dp__hasher *h, const unsigned char *x, size_t n) {
 #if DP__X86
     if (h->level) dp__hash_long(h, x, n);
 #endif
-    if (!h->level) XXH3_64bits_update(h->state, x, n);
+    if (!h->level) XXH3_64bits_update(h->state, x, n), h->seen += n;
 }
 
 static uint64_t dp__hash_end(dp__hasher *h) {
@@ -985,7 +992,7 @@ static void dp__conclude(const dp_tensor *t, const dp__pass *p, uint64_t hash, d
     double top = fabs(all->min) > fabs(all->max) ? fabs(all->min) : fabs(all->max);
     int overflowed;
     f->hash = hash, f->nan_count = p->nan_count, f->inf_count = p->inf_count;
-    f->nz_count = all->nz, f->min = all->min, f->max = all->max;
+    f->nz_count = all->nz, f->min = all->min + 0.0, f->max = all->max + 0.0; /* whichever zero a vector found, it is 0 */
     f->abs_sum = dp__saturate(all->abs_sum);
     f->mean = all->finite ? all->sum / (double)all->finite : 0.0;
     f->l2 = sqrt(all->squares);
@@ -994,14 +1001,20 @@ static void dp__conclude(const dp_tensor *t, const dp__pass *p, uint64_t hash, d
         dp__scaled_moments(t, top, all->finite, p->room->values, p->room->bytes, f, overflowed);
 }
 
-/* Pass over a tensor once: hash, moments, sketch, and `rows` where they are asked for. */
-static void dp__measure(const dp_tensor *t, size_t size, dp_fingerprint *f, double *sketch, dp__rows *rows, dp__room *room) {
-    const unsigned mode = dp__plain_arithmetic();
+/* A function of its own, so that no sum is moved to before the arithmetic is set. */
+static DP__APART void dp__measure_plainly(const dp_tensor *t, size_t size, dp_fingerprint *f, double *sketch, dp__rows *rows,
+                                          dp__room *room) {
     dp__pass p = dp__begin_pass(t, 0, size, sketch, room);
     dp__hash_begin(&room->whole, (uint64_t)p.cursor.left * dp__dtypes[t->dtype].size);
     while (p.cursor.left) dp__pass_block(&p, DP__HASH | DP__SUM, &room->whole, rows);
     if (p.sketch.filled) dp__end_block(&p.sketch);
     dp__conclude(t, &p, dp__hash_end(&room->whole), f);
+}
+
+/* Pass over a tensor once: hash, moments, sketch, and `rows` where they are asked for. */
+static void dp__measure(const dp_tensor *t, size_t size, dp_fingerprint *f, double *sketch, dp__rows *rows, dp__room *room) {
+    const unsigned mode = dp__plain_arithmetic();
+    dp__measure_plainly(t, size, f, sketch, rows, room);
     dp__arithmetic_again(mode);
 }
 

@@ -111,6 +111,7 @@ def library(folder: Path, flag: str = "") -> c.CDLL:
     made.dp_open.argtypes = [c.POINTER(c.c_void_p), c.c_char_p, c.POINTER(Header)]
     made.dp_flush.argtypes = made.dp_close.argtypes = made.dp_message.argtypes = [c.c_void_p]
     made.dp_message.restype = c.c_char_p
+    made.dp_test_rows.argtypes, made.dp_test_rows.restype = [c.POINTER(Tensor), c.c_void_p], c.c_size_t
     made.dp_fingerprint_of.argtypes = [c.POINTER(Tensor), c.c_size_t, c.POINTER(Print), c.c_void_p]
     sizes = (c.c_size_t * 4).in_dll(made, "dp_test_sizes")
     assert list(sizes) == [c.sizeof(kind) for kind in (Tensor, Key, Header, Print)]

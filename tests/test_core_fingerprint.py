@@ -91,3 +91,19 @@ def test_rows_of_every_length_are_hashed_in_the_same_pass(dtype, shape):
     expected = tuple(hash_bytes(canonical_bytes(row)) for row in array)
     assert row_hashes(array) == expected
     assert fields_and_rows(array, rows=True)[1] == expected
+
+
+@built
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_thread_that_takes_subnormals_for_zero_gets_the_same_bits(threads):
+    torch = pytest.importorskip("torch")
+    tiny = np.random.default_rng(0).normal(size=LARGE + 77) * 1e-310
+    before = fingerprint(tiny)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot be told to take subnormals for 0")
+    try:
+        found = fingerprint(tiny, threads=threads)
+    finally:
+        torch.set_flush_denormal(False)
+    assert found == before
+    assert found.max > 0 and max(map(abs, found.sketch)) > 0

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from driftprobe.engines import include_folder
-from driftprobe.fingerprint import DTYPES, Array, Fingerprint
+from driftprobe.fingerprint import DTYPES, Array, Fingerprint, canonical_bytes
 from driftprobe.fingerprint import reference_fingerprint as fingerprint
 from native_header import BAD_ARGUMENT, BUILDS, INCLUDE, Print, Tensor, fingerprint_in_c, library, tensor
 
@@ -67,6 +67,16 @@ def test_finite_values_of_a_small_dtype_have_pythons_sums(header, dtype):
     array = sample(dtype, 70_000, seed=3).copy()
     array[~np.isfinite(array.astype(np.float64))] = 1
     assert_same(fingerprint_in_c(header, array), fingerprint(array))
+
+
+@pytest.mark.parametrize("shape", [(7, 10), (7, 500), (100, 333), (5, 768), (9, 5000), (17, 4097), (20, 3, 64), (3, 1)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_rows_are_hashed_in_the_pass_over_all_of_them(header, dtype, shape):
+    """Some lie in one chunk of the pass, some begin in one and end in another, some are longer than several."""
+    array = sample(dtype, math.prod(shape), seed=2).reshape(shape)
+    found = np.zeros(shape[0] + 1, np.uint64)
+    assert header.dp_test_rows(c.byref(tensor(array)), found.ctypes.data) == shape[0]
+    assert found.tolist() == [*(xxhash.xxh3_64_intdigest(canonical_bytes(row)) for row in array), 0]
 
 
 @pytest.mark.parametrize("size", [1, 2, 63, 64, 1000, 65535, 65536])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +15,11 @@ from driftprobe.load import load_traces, read_at_once
 from driftprobe.pack import pack_folder
 from driftprobe.scan import BUILT
 from driftprobe.trace import Record, Top
-from driftprobe.trace_file import TraceWriter, read_trace
+from driftprobe.trace_file import TraceWriter, read_trace, scan
 from make_trace import both, drifting, put, rows, toy, write
 from test_quick import SPOILED, jittered, written
 
+Spoil = Callable[[bytes], bytes]
 pytestmark = pytest.mark.skipif(not BUILT, reason="driftprobe._scan is not built here: it needs a C compiler")
 
 
@@ -57,6 +61,60 @@ def test_a_key_that_is_there_twice_is_left_to_the_lines(tmp_path: Path) -> None:
     assert read_at_once(path) is None
     with pytest.raises(Exception, match="duplicated key"):
         load_traces(tmp_path)
+
+
+def closed(path: Path, lines: list[bytes]) -> Path:
+    """Write a trace whose footer fits its lines, whatever they are."""
+    body = b"".join(lines)
+    counts = {
+        f"{kind}s": sum(f'"type":"{kind}"'.encode() in line[:40] for line in lines) for kind in ("record", "event")
+    }
+    footer = {"type": "footer", **counts, "sha256": hashlib.sha256(body).hexdigest()}
+    path.write_bytes(body + json.dumps(footer, separators=(",", ":")).encode() + b"\n")
+    return path
+
+
+SHAPE = re.compile(rb'"shape":[^]]*],')
+CONSTANT = (b'{"type":"record","prompt":"p0","phase":"constant","layer":0,"tensor":"%s",'
+            b'"hash":"0x1111111111111111","arm":"%s"}\n')  # fmt: skip
+
+
+def guess(word: bytes) -> Spoil:
+    """A shape that is read behind a word that looks like one: `source` stands before it."""
+    return lambda line: SHAPE.sub(
+        b'"source":"' + word + b'","shape":' + word + b",", line.replace(b',"source":"captured"', b"")
+    )
+
+
+HOSTILE: dict[str, tuple[Spoil, tuple[bytes, ...]]] = {
+    **{f"a word for a shape: {word.decode()}": (guess(word), ())
+       for word in (b"[ 4 ", b"[9", b"[01]", b"[1_0]", b"[1.5]", b"[6,x]", b"[")},
+    "an axis beyond 64 bits": (lambda line: SHAPE.sub(b'"shape":[9999999999999999999],', line), ()),
+    "an axis of 18 digits": (lambda line: SHAPE.sub(b'"shape":[999999999999999999],', line), ()),
+    "a negative axis": (lambda line: SHAPE.sub(b'"shape":[-4],', line), ()),
+    "constants": (lambda line: line, (CONSTANT % (b"q_proj.weight", b"W"),)),
+    "a constant of another arm behind one that is one": (
+        lambda line: line, (CONSTANT % (b"q_proj.weight", b"W"), CONSTANT % (b"q_proj.weight", b"P"))),
+}  # fmt: skip
+
+
+READ_AT_ONCE = {"constants", "an axis of 18 digits", "an axis beyond 64 bits"}
+"""What breaks no MUST."""
+
+
+@pytest.mark.parametrize("which", HOSTILE)
+def test_what_is_hostile_is_read_as_its_lines_are_or_left_to_them(which: str, tmp_path: Path) -> None:
+    spoil, more = HOSTILE[which]
+    lines = write(tmp_path).read_bytes().splitlines(keepends=True)[:-1]
+    at = next(i for i, line in enumerate(lines) if b'"shape"' in line)
+    spoiled = spoil(lines[at])
+    assert spoiled != lines[at] or more
+    path = closed(next(tmp_path.iterdir()), [*lines[:at], spoiled, *lines[at + 1 :], *more])
+    at_once, by_lines = read_at_once(path), scan(path)
+    if at_once is not None:
+        assert not by_lines.problems
+        assert repr(at_once) == repr(by_lines.trace(path.name))
+    assert (at_once is None) == (which not in READ_AT_ONCE)
 
 
 @pytest.mark.parametrize("amiss", ["no end", "a changed line", "a stranger's"])

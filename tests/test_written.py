@@ -18,7 +18,7 @@ READ = reader_of(Record, "record")
 WHOLE = Record(
     prompt="p", phase="decode3", layer=2, tensor="k_cache", hash="0x1", arm="D", step=3, token_id=7, logical_tok_idx=9,
     pos_id=9, dtype="float32", shape=(2, 3), nz_count=6, abs_sum=1e-300, min=-1.5, max=2.0, mean=0.1, l2=1e300,
-    nan_count=0, inf_count=0, sketch=(1.0, -2.5e-7), rows=("0x2", "0x3"), row_start=0, source="captured",
+    nan_count=0, inf_count=0, sketch=(1.0, -2.5e-7), row_start=0, source="captured",
     top=Top(ids=(1,), values=(0.5,), logsumexp=1e-7), order=4, payload="payloads/p.D.safetensors#decode3.3.2.k_cache",
 )  # fmt: skip
 
@@ -30,7 +30,8 @@ def slow(raw: bytes) -> Record:
 def test_what_we_write_is_read_here() -> None:
     for record in (WHOLE, *make_trace.toy()[0].records):
         raw = encode_line("record", record)
-        assert READ(raw) == record == slow(raw)
+        assert slow(raw) == record
+        assert READ(raw) == (record if record.rows is None else None)
 
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=9), st.text())
@@ -61,8 +62,9 @@ RAW = encode_line("record", WHOLE)
         (b"1e300", b"NaN"),
         (b"-1.5", b"-01.5"),
         (b"[2,3]", b"[2,[3]]"),
-        (b'["0x2","0x3"]', b'["0x2","rows":["0x3"]]'),
-        (b'["0x2","0x3"]', b'["0x2]","row_start":0,"source":"c"]'),
+        (b',"row_start":0', b',"rows":["0x2"],"row_start":0'),
+        (b',"row_start":0', b',"rows":["0x2]","row_start":0,"source":"c"]'),
+        (b"1e300", b"1" * 50),
         (b'"ids":[1]', b'"ids":[1],"ids":[1]'),
         (b'"type":"record",', b""),
         (b'"type":"record"', b'"type":"event"'),

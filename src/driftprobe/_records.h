@@ -29,6 +29,7 @@ typedef struct {
     int32_t slots[2 * MAX_WORDS];
     int32_t next[MAX_WORDS]; /* the word that came after this one in the same field: a guess */
     int32_t last[32];        /* the last word of each field */
+    char is_shape[MAX_WORDS]; /* a word that was read as one: no other may be taken for one */
     int32_t count;
 } words;
 
@@ -247,8 +248,7 @@ static int named(text *t, words *known, int which, int32_t *id) {
 static int shape(text *t, words *known, int which, int32_t *id) {
     const char *start = t->at;
     int64_t axis;
-    if (t->at < t->end && *t->at == '[' && known->count && known->text[known->next[known->last[which]]][0] == '['
-        && (*id = guessed(t, known, which, 0, 0)) >= 0) return learn(known, which, *id), 1;
+    if (known->is_shape[known->next[known->last[which]]] && (*id = guessed(t, known, which, 0, 0)) >= 0) return learn(known, which, *id), 1;
     if (!take(t, '[')) return 0;
     if (t->at < t->end && *t->at != ']')
         do {
@@ -257,7 +257,7 @@ static int shape(text *t, words *known, int which, int32_t *id) {
     if (t->at >= t->end || *t->at != ']') return 0;
     t->at++;
     if ((*id = word(known, start, (size_t)(t->at - start))) < 0) return 0;
-    return learn(known, which, *id), 1;
+    return known->is_shape[*id] = 1, learn(known, which, *id), 1;
 }
 
 typedef struct {

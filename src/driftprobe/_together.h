@@ -56,12 +56,15 @@ static void do_block(team *t, size_t which, int what, dp__room *room) {
     b->sums = p.sums, b->nan_count = p.nan_count, b->inf_count = p.inf_count;
 }
 
-static void *work(void *given) {
-    worker *w = (worker *)given;
-    const unsigned mode = dp__plain_arithmetic();
+static DP__APART void do_blocks(worker *w) {
     size_t which = 0;
     int what = 0;
     while ((what = next_work(w->team, &which, what & DP__HASH)) != 0) do_block(w->team, which, what, w->room);
+}
+
+static void *work(void *given) {
+    const unsigned mode = dp__plain_arithmetic();
+    do_blocks((worker *)given);
     dp__arithmetic_again(mode);
     return NULL;
 }
@@ -91,23 +94,31 @@ static void add_up(const team *t, dp__pass *p, double *sketch) {
     }
 }
 
+/* Measure a tensor whose blocks have their place in `t`. */
+static DP__APART void measure_blocks(team *t, size_t size, dp_fingerprint *print, double *sketch, dp__room *room, int threads) {
+    dp__pass p;
+    dp__hash_begin(&room->whole, (uint64_t)dp__elements(t->tensor) * dp__dtypes[t->tensor->dtype].size);
+    run_team(t, room, threads < MOST_THREADS ? threads : MOST_THREADS);
+    p = dp__begin_pass(t->tensor, 0, size, sketch, room);
+    add_up(t, &p, sketch);
+    dp__conclude(t->tensor, &p, dp__hash_end(&room->whole), print);
+}
+
 /* Measure a tensor by several threads; 0, with nothing done, where that is not worth it or there is no memory for it. */
 static int measure_together(const dp_tensor *tensor, size_t size, dp_fingerprint *print, double *sketch, dp__rows *rows,
                             dp__room *room, int threads) {
     const int64_t elements = dp__elements(tensor);
+    unsigned mode;
     team t;
-    dp__pass p;
     if (threads < 2 || size != DP_SKETCH_SIZE || elements < WORTH_IT) return 0;
     memset(&t, 0, sizeof t);
     t.tensor = tensor, t.rows = rows, t.whole = &room->whole;
     t.count = (size_t)((elements + DP__BLOCK - 1) / DP__BLOCK);
     if (!(t.blocks = (block *)malloc(t.count * sizeof *t.blocks))) return 0;
-    pthread_mutex_init(&t.lock, NULL);
-    dp__hash_begin(&room->whole, (uint64_t)elements * dp__dtypes[tensor->dtype].size);
-    run_team(&t, room, threads < MOST_THREADS ? threads : MOST_THREADS);
-    p = dp__begin_pass(tensor, 0, size, sketch, room);
-    add_up(&t, &p, sketch);
-    dp__conclude(tensor, &p, dp__hash_end(&room->whole), print);
+    if (pthread_mutex_init(&t.lock, NULL)) return free(t.blocks), 0;
+    mode = dp__plain_arithmetic();
+    measure_blocks(&t, size, print, sketch, room, threads);
+    dp__arithmetic_again(mode);
     pthread_mutex_destroy(&t.lock);
     free(t.blocks);
     return 1;

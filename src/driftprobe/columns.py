@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from driftprobe.trace import CONSTANTS, Event, Header, Record, Trace
-from driftprobe.trace_checks import record_faults
+from driftprobe.trace_checks import CONSTANT_PHASE, record_faults
 
 NONE = int(np.iinfo(np.int64).min)
 """An integer that a record leaves out; a float is NaN then, a word, a sketch or rows are -1."""
@@ -248,7 +248,8 @@ def breaks_a_must(columns: Columns) -> bool:
         return True
     size = columns.header.sketch_size
     suspects = {*_extremes(columns), *_of_each_name(columns), *columns.odd}
-    constants = np.flatnonzero(rows["arm"] == columns.number_of(CONSTANTS))
+    arm, phase = columns.number_of(CONSTANTS), columns.number_of(CONSTANT_PHASE)
+    constants = np.flatnonzero((rows["arm"] == arm) | (rows["phase"] == phase))
     suspects.update(constants.tolist())
     return any(record_faults(record, size) for record in columns.records(sorted(suspects)))
 
@@ -269,7 +270,7 @@ def _extremes(columns: Columns) -> list[int]:
         for axis in axes:
             elements = min(elements * axis, 1 << 62)
         over[here] = counted[here] - elements
-        first[here] = axes[0] if axes else -1
+        first[here] = min(axes[0], 1 << 62) if axes else -1
     found.append(int(over.argmax()))
     wrong = (rows["rows"] >= 0) & ((shapes < 0) | (rows["rows"] != first)) & (shapes >= 0)
     return [*found, int(wrong.argmax())]

@@ -292,8 +292,8 @@ def _without_effect(cell: Cell, near: Sequence[Cell], nothing_after: bool) -> bo
     """Whether a drift ought to show in tensors that are bit-equal: in all that follow, or in all that read it.
 
     Cache rows may be masked or weigh nothing, and attention does not depend on their order; so may a key that one side
-    alone has scores for. A state that a token leaves
-    is read by the next one only. A branch that is small beside the residual stream may round away in the sum.
+    alone has scores for. A state that a token leaves is read by the next one only. A branch that is small beside the
+    residual stream may round away in the sum.
     """
     more_keys = cell.tensor in _OVER_KEYS and cell.reference.shape != cell.candidate.shape
     if cell.tensor in CACHE_TAPS | STATE_TAPS or more_keys or _reordered(cell, near) or _rounds_away(cell, near):

@@ -96,7 +96,7 @@ class LineMaker:
             text, place = self._text_of(item.read), (item.layer, item.tensor)
             array, code = for_core(item.array)
             middle = text.middles.get((item.pos_id, code, item.array.shape)) or self._middle(text, item, code)
-            head = self._heads[text.phase].get(place) if text.phase in self._heads else None
+            head = self._heads.get(text.phase, _NONE).get(place)
             jobs.append((head or self._head(text.phase, place), middle, self._end(item, extra), array, code,
                          item.tensor in CACHE_TAPS))  # fmt: skip
             keys.append((*text.key, *place, item.read.position))
@@ -140,6 +140,7 @@ def _sound(layer: int | None, tensor: str) -> bool:
 
 
 _SOUND: list[Fault] = []
+_NONE: dict[_Place, bytes] = {}
 
 
 def _end_of(item: Tapped, extra: Extra) -> bytes:

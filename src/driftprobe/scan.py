@@ -48,9 +48,9 @@ def read_columns(path: Path) -> Columns | None:
     try:
         with path.open("rb") as file:
             columns = _Reading(path).columns(file)
-    except GivenUpError:
+        return None if breaks_a_must(columns) else columns
+    except (GivenUpError, OverflowError):  # a number that no column holds
         return None
-    return None if breaks_a_must(columns) else columns
 
 
 _SIZES = ((ROW, 256), (np.float64, 18), (np.uint64, 20))

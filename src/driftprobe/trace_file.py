@@ -17,6 +17,8 @@ from driftprobe.trace import SCHEMA, Event, Footer, Header, Item, Record, Trace,
 from driftprobe.trace_checks import Fault, header_faults, json_object, record_faults
 from driftprobe.written import reader_of
 
+TOGETHER = 1024
+"""Lines that are written together at most."""
 MAX_LINE = 64 * 1024 * 1024
 """Bytes of the longest line that is read: a K row hash for each of 2 million positions fits."""
 
@@ -89,6 +91,8 @@ class TraceWriter:
                     self.event(item)
                 else:
                     whole.append(self._taken(item))
+                    if len(whole) >= TOGETHER:
+                        self._write_lines(whole)
         finally:
             self._write_lines(whole)
 

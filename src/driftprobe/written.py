@@ -1,4 +1,4 @@
-"""Reads a line that stands as our own writers write it, in half the time of reading anyone's.
+"""Reads a line that stands as our own writers write it, and has no row hashes, in about half the time of anyone's.
 
 The pattern knows a kind of line and its fields in the format's order, each at most once and without escapes, so that
 what it matches has no key twice; msgspec then reads it and refuses numbers that are none. What does not match, or
@@ -17,11 +17,10 @@ import msgspec
 T = TypeVar("T")
 
 _TEXT = r'"[^"\\]*"'
-_NUMBER = r"-?[0-9][0-9.eE+-]*"
+_NUMBER = r"-?[0-9][0-9.eE+-]{0,39}"
 _NUMBERS = r'\[[^\[\]{}"]*\]'
-_TEXTS = rf"\[{_TEXT}(?:,{_TEXT})*\]"
 _TOP = rf'\{{"ids":{_NUMBERS},"values":{_NUMBERS},"logsumexp":{_NUMBER}\}}'
-_ANY = f"(?:{_TEXT}|{_NUMBER}|{_NUMBERS}|{_TEXTS}|null|{_TOP})"
+_ANY = f"(?:{_TEXT}|{_NUMBER}|{_NUMBERS}|null|{_TOP})"
 
 
 def reader_of(kind: type[T], word: str) -> Callable[[bytes], T | None]:

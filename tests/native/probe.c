@@ -20,6 +20,21 @@ uint64_t dp_test_hash(const unsigned char *data, size_t n, size_t piece) {
     return hash;
 }
 
+/* The hashes of a tensor's rows, made in the pass over all of it. Returns how many were written. */
+size_t dp_test_rows(const dp_tensor *t, uint64_t *hashes) {
+    double sketch[DP_SKETCH_SIZE];
+    dp_fingerprint print;
+    dp__rows rows;
+    dp__room *room = dp__new_room(dp__elements(t), DP_SKETCH_SIZE);
+    if (!room) return 0;
+    memset(&rows, 0, sizeof rows);
+    rows.hashes = hashes, rows.hasher = &room->row, room->row.seen = 0;
+    rows.bytes = (size_t)(dp__elements(t) / t->shape[0]) * dp__dtypes[t->dtype].size;
+    dp__measure(t, DP_SKETCH_SIZE, &print, sketch, &rows, room);
+    dp__free_room(room);
+    return (size_t)(rows.hashes - hashes);
+}
+
 /* Have this thread take subnormals for 0 from now on, or not. Returns whether that can be told. */
 int dp_test_flush_subnormals(int on) {
 #if DP__X86

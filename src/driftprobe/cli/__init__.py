@@ -72,9 +72,8 @@ def group() -> None:
 def main() -> None:
     """Run the command line; every known error becomes its five-part message and exit code."""
     _end_as_if_interrupted()
-    gc.set_threshold(
-        50_000, 20, 50
-    )  # torch and transformers are a million objects, and every full collection visits all
+    # torch and transformers are a million objects, and every full collection visits all of them
+    gc.set_threshold(50_000, 20, 50)
     try:
         code = group(prog_name="driftprobe", standalone_mode=False)
     except click.ClickException as error:
