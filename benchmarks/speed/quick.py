@@ -17,9 +17,9 @@ from driftprobe.fingerprint import BUILT, fingerprint, reference_fingerprint
 LIMITS = {
     "capture, prefill, scores off": 1.25,
     "capture, prefill, scores on": 1.35,
-    "capture, decode, scores off": 1.8,
-    "capture, decode, scores on": 1.85,
-    "fingerprint ÷ NumPy, time": 0.3,
+    "capture, decode, scores off": 1.6,
+    "capture, decode, scores on": 1.7,
+    "fingerprint ÷ NumPy, time": 0.15,
     "--help ÷ idle Python": 12.0,
 }
 REPETITIONS = 5

@@ -16,8 +16,8 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-GROUP = 256
-"""Items that are written together: one decode step of a small model."""
+GROUP = 64
+"""Items that are written together: a few layers of a decode step, so that the thread begins while others are put."""
 WAITING_BYTES = 256 << 20
 """Bytes of tensors that may wait to be written before `put` waits too: what bounds a run's memory, however long."""
 

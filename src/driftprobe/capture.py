@@ -160,14 +160,6 @@ def _reference_start(plan: Plan) -> bytes:
     return b'"payload":' + msgspec.json.encode(payload_file(trace_name(plan), ""))[: -len('..safetensors"') + 1]
 
 
-def _wanted(item: Tapped | Recorded | Event, header: Header) -> bool:
-    if isinstance(item, Event):
-        return True
-    what = item.record if isinstance(item, Recorded) else item
-    where = header.taps.get(what.tensor)
-    return where is not None and (what.layer is None or what.layer in where)
-
-
 def _size(item: Tapped | Recorded | Event) -> int:
     array = None if isinstance(item, Event) else item.array
     return 0 if array is None else array.nbytes
@@ -190,13 +182,14 @@ class _Desk:
     def __init__(self, plan: Plan, tokens: tuple[int, ...], header: Header) -> None:
         self.plan, self.tokens, self.header = plan, tokens, header
         self._maker = LineMaker(plan.prompt.name, tokens, header.sketch_size)
+        self._places = {(layer, tensor) for tensor, where in header.taps.items() for layer in (None, *where)}
 
     def work(self, items: Sequence[Tapped | Recorded | Event]) -> Callable[[], list[_Made]]:
         """Prepare those items that the plan asks for; what is returned makes their lines, and keeps whole tensors."""
         parts: list[Callable[[], list[_Made]]] = []
         together: list[Tapped] = []
         for item in items:
-            if not _wanted(item, self.header):
+            if not self._wanted(item):
                 continue
             if isinstance(item, Tapped) and self._maker.takes(item):
                 together.append(item)
@@ -205,6 +198,12 @@ class _Desk:
             together = []
         parts.append(self._together(together))
         return lambda: [made for part in parts for made in part()]
+
+    def _wanted(self, item: Tapped | Recorded | Event) -> bool:
+        if isinstance(item, Event):
+            return True
+        what = item.record if isinstance(item, Recorded) else item
+        return (what.layer, what.tensor) in self._places
 
     def _together(self, items: Sequence[Tapped]) -> Callable[[], list[_Made]]:
         if not items:

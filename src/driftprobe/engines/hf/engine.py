@@ -26,7 +26,7 @@ from driftprobe.engines.hf.cache import (
 from driftprobe.engines.hf.constants import constants_of
 from driftprobe.engines.hf.fused import same_bits
 from driftprobe.engines.hf.handing import HandOut
-from driftprobe.engines.hf.heard import Heard, Learned, Rows
+from driftprobe.engines.hf.heard import Heard, Learned, Place, Rows
 from driftprobe.engines.hf.host import transfer_for
 from driftprobe.engines.hf.lifting import RUNG, Narrowings, lifted
 from driftprobe.engines.hf.noise import rounding_noise, with_cast_noise
@@ -82,7 +82,9 @@ class HFEngine:
         self._makes_tuples = self._hands_back_tuples()
         self._sample_length = _SAMPLE  # longer while a planted fault needs more tokens to act on
         self._inner_cast = self._casts_inside()
+        self._promised: set[Place] = set()
         self.taps = self._trial()
+        self._promised = {(layer, tensor) for tensor, where in self.taps.items() for layer in where or (None,)}
         self.knobs: tuple[str, ...] = tuple(self._turnable())
 
     @property
@@ -264,12 +266,13 @@ class HFEngine:
         )
         if shared and not self._planted:
             heard.shares = partial(appends, cache)
-        out = HandOut(heard, call.reads, self._ahead, transfer_for(self.model.device))
+        out = HandOut(heard, call.reads, self._ahead, transfer_for(self.model.device), self._promised)
         heard.layer_done = out.layer if out.ahead is not None else None
         with spy.listening(heard), rows_heard(self.model, cache, spy, heard):
             output = self._forward(token_ids[call.start : call.stop], call.start, cache, beside=beside)
             spy.take((None, "logits"), output.logits)
         spy.finish(heard)
+        out.ends()
         heard.layer_done = None  # else the two would hold each other, and all that was heard, until a collection
         return out
 

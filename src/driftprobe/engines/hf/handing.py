@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
 
@@ -25,42 +25,54 @@ class HandOut:
     the device inside the call: they are copied to pinned memory behind it, and waited for once.
     """
 
-    def __init__(self, heard: Heard, reads: Sequence[Read], ahead: Ahead | None, transfer: Transfer) -> None:
-        self.heard, self.reads, self.transfer = heard, reads, transfer
+    def __init__(
+        self, heard: Heard, reads: Sequence[Read], ahead: Ahead | None, transfer: Transfer, promised: Container[Place]
+    ) -> None:
+        self.heard, self.reads, self.transfer, self.promised = heard, reads, transfer, promised
         self.ahead = ahead if transfer.immediate else None
-        self._begun: dict[tuple[int | None, int], tuple[list[tuple[Place, torch.Tensor]], Begun[object]]] = {}
-        """Layer and read -> what was begun of it, in order of execution."""
+        self._begun: dict[tuple[_Part, int], tuple[list[tuple[Place, torch.Tensor]], Begun[object]]] = {}
+        """Part of the model and read -> what was begun of it, in order of execution."""
 
-    def layer(self, layer: int | None) -> None:
+    def layer(self, layer: int) -> None:
         """Begin the work of what was heard of a layer that is done."""
+        self._begin(layer, _places(layer))
+
+    def ends(self) -> None:
+        """Begin the work of what was heard before the first layer and behind the last, once the call is over."""
+        for part in (_BEFORE, _BEHIND):
+            self._begin(part, tuple(place for place in _places(None) if _part(place) == part))
+
+    def _begin(self, part: _Part, places: Sequence[Place]) -> None:
         if self.ahead is None:
             return
         taps = self.heard.taps
-        places = [place for place in _places(layer) if place in taps]
-        for which in range(len(self.reads)):
-            tensors = [(place, taps[place][which]) for place in places]
+        here = [place for place in places if place in taps and place in self.promised]
+        for which in range(len(self.reads) if here else 0):
+            tensors = [(place, taps[place][which]) for place in here]
             items = [self._tapped(which, place, tensor) for place, tensor in tensors]
-            self._begun[(layer, which)] = tensors, self.ahead(items, sum(tensor.nbytes for _, tensor in tensors))
+            self._begun[(part, which)] = tensors, self.ahead(items, sum(tensor.nbytes for _, tensor in tensors))
 
     def items(self) -> Iterator[Tapped | Begun[object]]:
         """Yield everything, read by read; of what was begun ahead, only what no later firing has replaced."""
         self._check_rows()
-        places = sorted((p for p in self.heard.taps if p[1] in BY_NAME), key=lambda p: _order(*p))
-        layers = [(layer, list(group)) for layer, group in groupby(places, key=lambda p: p[0])]
-        told = [[self._told(layer, group, which) for layer, group in layers] for which in range(len(self.reads))]
+        places = sorted(
+            (p for p in self.heard.taps if p[1] in BY_NAME and p in self.promised), key=lambda p: _order(*p)
+        )
+        parts = [(part, list(group)) for part, group in groupby(places, key=_part)]
+        told = [[self._told(part, group, which) for part, group in parts] for which in range(len(self.reads))]
         self.transfer.wait()
-        for which, of_layers in enumerate(told):
-            for (_, group), items in zip(layers, of_layers, strict=True):
+        for which, of_parts in enumerate(told):
+            for (_, group), items in zip(parts, of_parts, strict=True):
                 for place, item in zip(group, items, strict=False):
                     if isinstance(item, Begun):
                         yield item
                     else:
                         yield self._tapped(which, place, item)
 
-    def _told(self, layer: int | None, places: list[Place], which: int) -> list[Begun[object] | torch.Tensor]:
-        """Return for one layer what was begun, or tensors on their way to the host; one entry where all was begun."""
+    def _told(self, part: _Part, places: list[Place], which: int) -> list[Begun[object] | torch.Tensor]:
+        """Return for one part what was begun, or tensors on their way to the host; one entry where all was begun."""
         taps = self.heard.taps
-        tensors, begun = self._begun.get((layer, which), ([], None))
+        tensors, begun = self._begun.get((part, which), ([], None))
         if begun is not None and len(tensors) == len(places) and all(
             place == mine and taps[place][which] is tensor
             for mine, (place, tensor) in zip(places, tensors, strict=True)
@@ -101,6 +113,17 @@ class HandOut:
                 measured=f"written to in place, {len(spent)} taps", allowed="tensors that stay as they were made",
                 next_step="if a hook of yours writes into them, put it in before the engine is made: a trial sees it",
             )  # fmt: skip
+
+
+_BEFORE, _BEHIND = -1, -2
+_Part = int
+"""A layer; or what stands before the first of them, or behind the last."""
+
+
+def _part(place: Place) -> _Part:
+    if place[0] is not None:
+        return place[0]
+    return _BEFORE if _order(*place) < _order(0, "x_in") else _BEHIND
 
 
 @lru_cache(maxsize=1 << 12)
