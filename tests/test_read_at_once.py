@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from driftprobe.load import load_traces, read_at_once
 from driftprobe.pack import pack_folder
-from driftprobe.scan import BUILT
+from driftprobe.scan import BUILT, _Pages
 from driftprobe.trace import Record, Top
 from driftprobe.trace_file import TraceWriter, read_trace, scan
 from make_trace import both, drifting, put, rows, toy, write
@@ -138,3 +140,15 @@ def test_a_packed_trace_is_held_to_its_digest_line_by_line(tmp_path: Path) -> No
     pack_folder(tmp_path)
     assert read_at_once(path.with_suffix(".parquet")) is None
     assert load_traces(tmp_path) == before
+
+
+def test_memory_of_rows_is_given_back_in_whole_pages_and_no_others() -> None:
+    pages = _Pages(1000)
+    rows = pages.rows
+    rows["step"] = np.arange(1, 1001)
+    part = rows[301:700]
+    pages.give_back(part)
+    kept = rows["step"] == np.arange(1, 1001)
+    assert kept[:301].all() and kept[700:].all()
+    gone = int((~kept).sum())
+    assert gone == 0 if not hasattr(pages, "_memory") else gone * rows.itemsize >= part.nbytes - 2 * mmap.PAGESIZE - 512

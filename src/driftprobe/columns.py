@@ -38,17 +38,23 @@ Array = npt.NDArray[Any]
 MAX_STEPS = 1 << 20
 
 
+Done = Callable[[Array], None]
+"""Takes rows that nobody reads any more."""
+
+
 class Rows:
     """Rows of ROW as columns that each lie in one piece: a column is made when it is first asked for."""
 
-    def __init__(self, length: int, load: Callable[[str], Array], structured: Array | None = None) -> None:
-        self._length, self._load, self._structured = length, load, structured
+    def __init__(
+        self, length: int, load: Callable[[str], Array], structured: Array | None = None, done: Done | None = None
+    ) -> None:
+        self._length, self._load, self._structured, self._done = length, load, structured, done
         self._columns: dict[str, Array] = {}
 
     @classmethod
-    def of_structured(cls, rows: Array) -> Rows:
-        """Return the rows that the scanner wrote."""
-        return cls(len(rows), lambda _name: np.zeros(0), rows)
+    def of_structured(cls, rows: Array, done: Done | None = None) -> Rows:
+        """Return the rows that the scanner wrote; `done` is told each part of them that is not needed any more."""
+        return cls(len(rows), lambda _name: np.zeros(0), rows, done)
 
     @classmethod
     def of_columns(cls, columns: dict[str, Array]) -> Rows:
@@ -63,7 +69,7 @@ class Rows:
     def __getitem__(self, name: str) -> Array:
         """Return a column."""
         if self._structured is not None:
-            self._columns, self._structured = _turned(self._structured), None
+            self._columns, self._structured = _turned(self._structured, self._done), None
         found = self._columns.get(name)
         if found is None:
             found = self._columns[name] = self._load(name)
@@ -71,8 +77,6 @@ class Rows:
 
     def part(self, which: slice | Array) -> Rows:
         """Return some of the rows: a slice, or those of indices or of a mask."""
-        if self._structured is not None and isinstance(which, slice):
-            return Rows.of_structured(self._structured[which])
         if isinstance(which, slice):
             count = len(range(*which.indices(self._length)))
         else:
@@ -100,13 +104,16 @@ BLOCK = 2048
 """Rows that are turned into columns at a time: so many stay in the cache, and memory is read once."""
 
 
-def _turned(rows: Array) -> dict[str, Array]:
+def _turned(rows: Array, done: Done | None) -> dict[str, Array]:
+    """Return the columns of rows, which are given back as they are turned: both at once would be twice the memory."""
     names = ROW.names or ()
     found = {name: np.empty(len(rows), ROW[name]) for name in names}
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK]
         for name in names:
             found[name][start : start + BLOCK] = block[name]
+        if done is not None:
+            done(block)
     return found
 
 

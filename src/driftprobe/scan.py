@@ -6,6 +6,7 @@ trace_file.py then reads the file line by line, and says what is wrong.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from driftprobe.columns import FLOATS, INTEGERS, NONE, ROW, WORDS, Array, Columns, Rows, breaks_a_must
+from driftprobe.columns import FLOATS, INTEGERS, NONE, ROW, WORDS, Array, Columns, Done, Rows, breaks_a_must
 from driftprobe.fingerprint import SKETCH_BLOCK
 from driftprobe.trace import Event, Header, Record
 from driftprobe.trace_file import MAX_LINE, Checks, Problem, read_header
@@ -57,17 +58,41 @@ _SIZES = ((ROW, 256), (np.float64, 18), (np.uint64, 20))
 """What the scanner writes, and how many bytes of a file one takes at least, or nearly so."""
 
 
+class _Pages:
+    """Memory for rows, of which parts can be given back to the system; where that is not possible, they are kept."""
+
+    def __init__(self, count: int) -> None:
+        size = count * ROW.itemsize
+        if hasattr(mmap, "MADV_DONTNEED") and hasattr(mmap, "MAP_ANONYMOUS"):
+            self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self.rows: Array = np.frombuffer(self._memory, ROW, count)
+        else:
+            self.rows = np.empty(count, ROW)
+        self._first, self._size = self.rows.ctypes.data, size
+
+    def give_back(self, part: Array) -> None:
+        """Give the whole pages back that lie in a part of the rows; they read as zeros from then on."""
+        begin = -(-(part.ctypes.data - self._first) // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (part.ctypes.data - self._first + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(self, "_memory") and 0 <= begin < end <= self._size:
+            self._memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
 @dataclass
 class _Room:
     """Arrays that the scanner writes into, and how much of each is used."""
 
     arrays: list[Array]
+    done: Done
+    """Takes rows that were read."""
     used: list[int] = field(default_factory=lambda: [0, 0, 0])
 
     @classmethod
     def for_file(cls, length: int) -> _Room:
         """Return room for about all of a file; what is never written takes no memory."""
-        return cls([np.empty(length // size + 1, kind) for kind, size in _SIZES])
+        (_, of_row), *others = _SIZES
+        pages = _Pages(length // of_row + 1)
+        return cls([pages.rows, *(np.empty(length // size + 1, kind) for kind, size in others)], pages.give_back)
 
     def grow(self) -> None:
         """Make every array larger by half."""
@@ -149,7 +174,7 @@ class Scanning:
             self.room.grow()
         (rows, sums, hashes), used = self.room.arrays, self.room.used
         sketches = sums[: used[1] + more_sketches * self.size].reshape(-1, self.size)
-        return Parts(Rows.of_structured(rows[: used[0]]), sketches, hashes[: used[2]], self.words())
+        return Parts(Rows.of_structured(rows[: used[0]], self.room.done), sketches, hashes[: used[2]], self.words())
 
     def words(self) -> list[str]:
         """Return the names that were seen, in order of their numbers."""
