@@ -106,15 +106,23 @@ BLOCK = 2048
 
 def _turned(rows: Array, done: Done | None) -> dict[str, Array]:
     """Return the columns of rows, which are given back as they are turned: both at once would be twice the memory."""
-    names = ROW.names or ()
-    found = {name: np.empty(len(rows), ROW[name]) for name in names}
+    found = _room_for_columns(len(rows))
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK]
-        for name in names:
-            found[name][start : start + BLOCK] = block[name]
+        for name, column in found.items():
+            column[start : start + BLOCK] = block[name]
         if done is not None:
             done(block)
     return found
+
+
+def _room_for_columns(count: int) -> dict[str, Array]:
+    """Return columns in one piece of memory: a large one goes back to the system, small ones are kept for reuse."""
+    sizes = {name: -(-count * ROW[name].itemsize // 64) * 64 for name in ROW.names or ()}
+    memory = np.empty(sum(sizes.values()), np.uint8)
+    ends = np.cumsum(list(sizes.values())).tolist()
+    return {name: memory[end - size : end].view(ROW[name])[:count]
+            for (name, size), end in zip(sizes.items(), ends, strict=True)}  # fmt: skip
 
 
 @dataclass(frozen=True)
