@@ -76,7 +76,10 @@ _RUN = (
     "script makes two. What the arms took of it stands in the table, `--ladder off` beside shows what the rung takes."
 )
 _ANALYSIS = "the rate counts start and imports; the rest is scanning, SHA-256, and turning rows into columns."
-_PARQUET = "the rate counts start and imports, polars' among them; the digest of all columns is taken of every file."
+_PARQUET = (
+    "the rate counts start and imports, polars' among them, which take most of the time that the target leaves (`python "
+    "-X importtime -c 'import driftprobe.result, polars'`); the digest of all columns is taken of every file."
+)
 
 
 def _captured(dtype: str, phase: str, what: str) -> Callable[[Any], float | None]:
