@@ -77,8 +77,8 @@ _RUN = (
 )
 _ANALYSIS = "the rate counts start and imports; the rest is scanning, SHA-256, and turning rows into columns."
 _PARQUET = (
-    "the rate counts start and imports, polars' among them, which take most of the time that the target leaves (`python "
-    "-X importtime -c 'import driftprobe.result, polars'`); the digest of all columns is taken of every file."
+    "the rate counts start and imports, polars' among them, which take most of the time that the target leaves "
+    "(`python -X importtime -c 'import driftprobe.result, polars'`); the digest of all columns is taken of every file."
 )
 
 

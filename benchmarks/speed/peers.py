@@ -129,19 +129,27 @@ def transformer_lens() -> Phases:
     """TransformerLens' bridge around the same model, run_with_cache: references."""
     import torch
     from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoTokenizer
 
     from benchmarks.speed.subject import Bare, llama
+    from driftprobe.engines.base import BUILTIN
 
     model = llama()
-    bare, bridge = Bare(model), TransformerBridge.boot_transformers("llama", hf_model=model)
+    bare, tokenizer = Bare(model), AutoTokenizer.from_pretrained(BUILTIN["builtin:tiny"])  # it asks for one
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        bridge = TransformerBridge.boot_transformers(folder, hf_model=model, tokenizer=tokenizer)
 
-    def traced() -> float:
+    def run(ids: Any, **kw: Any) -> float:
         started = time.perf_counter()
         with torch.no_grad():
-            bridge.run_with_cache(bare.prompt)
+            bridge.run_with_cache(ids, use_cache=True, **kw)
         return time.perf_counter() - started
 
-    return {"prefill": (bare.prefill, traced)}
+    def decode() -> float:
+        return run(bare.next, position_ids=bare.position, past_key_values=bare._prefilled()[1])
+
+    return {"prefill": (bare.prefill, lambda: run(bare.prompt)), "decode": (bare.decode, decode)}
 
 
 def torchlens() -> Phases:
