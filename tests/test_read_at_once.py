@@ -151,4 +151,4 @@ def test_memory_of_rows_is_given_back_in_whole_pages_and_no_others() -> None:
     kept = rows["step"] == np.arange(1, 1001)
     assert kept[:301].all() and kept[700:].all()
     gone = int((~kept).sum())
-    assert gone == 0 if not hasattr(pages, "_memory") else gone * rows.itemsize >= part.nbytes - 2 * mmap.PAGESIZE - 512
+    assert gone == 0 if pages._memory is None else gone * rows.itemsize >= part.nbytes - 2 * mmap.PAGESIZE - 512

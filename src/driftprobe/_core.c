@@ -40,12 +40,20 @@ static int read_array(PyObject *array, int dtype, dp_tensor *t) {
     return fits;
 }
 
-/* A hash as the format writes it: 0x and 16 lower-case hexadecimal digits. */
-static PyObject *text_of(uint64_t hash) {
-    char text[18] = "0x";
+#define HASH_SIZE 18
+
+/* Write a hash as the format has it, 0x and 16 lower-case hexadecimal digits; returns what stands behind it. */
+static char *put_hash(char *out, uint64_t hash) {
     int i;
-    for (i = 17; i > 1; i--, hash >>= 4) text[i] = "0123456789abcdef"[hash & 15];
-    return PyUnicode_FromStringAndSize(text, 18);
+    *out++ = '0', *out++ = 'x';
+    for (i = 60; i >= 0; i -= 4) *out++ = "0123456789abcdef"[hash >> i & 15];
+    return out;
+}
+
+static PyObject *text_of(uint64_t hash) {
+    char text[HASH_SIZE];
+    put_hash(text, hash);
+    return PyUnicode_FromStringAndSize(text, HASH_SIZE);
 }
 
 static PyObject *texts_of(const uint64_t *hashes, int64_t n) {
@@ -160,13 +168,7 @@ static char *put(char *out, const char *text, size_t size) {
 }
 #define PUT(out, text) put(out, text, sizeof(text) - 1)
 
-static char *put_hash(char *out, uint64_t hash) {
-    int i;
-    out = PUT(out, "\"0x");
-    for (i = 60; i >= 0; i -= 4) *out++ = "0123456789abcdef"[hash >> i & 15];
-    *out++ = '"';
-    return out;
-}
+static char *put_quoted_hash(char *out, uint64_t hash) { return PUT(put_hash(PUT(out, "\""), hash), "\""); }
 
 static char *put_count(char *out, int64_t n) {
     char digits[20];
@@ -185,7 +187,7 @@ static int write_line(job *j, size_t size) {
     size_t i;
     int64_t r;
     moments[0] = p->abs_sum, moments[1] = p->min, moments[2] = p->max, moments[3] = p->mean, moments[4] = p->l2;
-    out = put_hash(PUT(out, ",\"hash\":"), p->hash);
+    out = put_quoted_hash(PUT(out, ",\"hash\":"), p->hash);
     out = put(out, j->text[1], (size_t)j->size[1]);
     out = put_count(PUT(out, ",\"nz_count\":"), p->nz_count);
     for (i = 0; i < 5; i++) {
@@ -205,7 +207,7 @@ static int write_line(job *j, size_t size) {
         out = PUT(out, ",\"rows\":[");
         for (r = 0; r < j->m.hashed; r++) {
             if (r) *out++ = ',';
-            out = put_hash(out, j->m.hashes[r]);
+            out = put_quoted_hash(out, j->m.hashes[r]);
         }
         *out++ = ']';
     }

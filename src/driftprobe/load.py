@@ -54,7 +54,7 @@ ENDINGS = (".jsonl", ENDING)
 
 
 def read_at_once(path: Path) -> Trace | None:
-    """Return a whole trace of ours that breaks no MUST, in a tenth of the time that its lines take one by one.
+    """Return a whole trace of ours that breaks no MUST, sooner than its lines are read one by one.
 
     None where it has to be read so; a packed one always has, which alone holds all of it to its digest. Raises OSError.
     """

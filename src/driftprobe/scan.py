@@ -63,6 +63,7 @@ class _Pages:
 
     def __init__(self, count: int) -> None:
         size = count * ROW.itemsize
+        self._memory: mmap.mmap | None = None
         if hasattr(mmap, "MADV_DONTNEED") and hasattr(mmap, "MAP_ANONYMOUS"):
             self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self.rows: Array = np.frombuffer(self._memory, ROW, count)
@@ -74,7 +75,7 @@ class _Pages:
         """Give the whole pages back that lie in a part of the rows; they read as zeros from then on."""
         begin = -(-(part.ctypes.data - self._first) // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (part.ctypes.data - self._first + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if hasattr(self, "_memory") and 0 <= begin < end <= self._size:
+        if self._memory is not None and 0 <= begin < end <= self._size:
             self._memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 

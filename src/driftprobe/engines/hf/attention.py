@@ -19,6 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from driftprobe.engines.hf.anatomy import Layer
+from driftprobe.engines.hf.heard import Reach
 
 Tensor = torch.Tensor
 _SCORES = ("softmax",)
@@ -56,8 +57,8 @@ class Listener(Protocol):
         """Whether this layer is listened to now."""
         ...
 
-    def reach(self, layer: int) -> tuple[int | None, int | None]:
-        """Return the window and the chunk that a layer declares, in tokens; None where it has none."""
+    def reach(self, layer: int) -> Reach:
+        """Return the window and the chunk that a layer declares."""
         ...
 
     def watching(self) -> AbstractContextManager[object]:

@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
-from driftprobe.engines.hf.heard import Heard, Learned
+from driftprobe.engines.hf.heard import Heard, Learned, Reach
 
 Tensor = torch.Tensor
 Span = tuple[int, int, int]
 """Columns [low, high), and the position of the first."""
-Reach = tuple["int | None", "int | None"]
-"""A layer's window and chunk in tokens; None where it has none."""
 
 
 def cut(

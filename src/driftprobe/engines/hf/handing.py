@@ -115,8 +115,8 @@ class HandOut:
             )  # fmt: skip
 
 
-_BEFORE, _BEHIND = -1, -2
-_Part = int
+_BEFORE, _BEHIND = "before", "behind"
+_Part = int | str
 """A layer; or what stands before the first of them, or behind the last."""
 
 

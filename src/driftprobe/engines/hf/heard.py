@@ -15,6 +15,8 @@ from driftprobe.engines.hf.states import States
 
 Tensor = torch.Tensor
 Place = tuple[int | None, str]
+Reach = tuple[int | None, int | None]
+"""A layer's window and chunk in tokens; None where it has none."""
 
 
 @dataclass(slots=True)

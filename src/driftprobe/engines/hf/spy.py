@@ -26,7 +26,7 @@ from driftprobe.engines.hf.attention import (
 )
 from driftprobe.engines.hf.cutting import cut
 from driftprobe.engines.hf.fused import same_bits, split
-from driftprobe.engines.hf.heard import Heard, Learned, Place, Rows
+from driftprobe.engines.hf.heard import Heard, Learned, Place, Reach, Rows
 from driftprobe.engines.hf.states import stored_states
 
 Tensor = torch.Tensor
@@ -51,7 +51,7 @@ class Spy:
         self._watches_all = trial or bool(inside if layers is None else inside & layers)
         """Whether every op of a call is watched: some layer computes attention inside its module."""
         self._inside: int | None = None
-        self._reach: dict[int, tuple[int | None, int | None]] = {}
+        self._reach: dict[int, Reach] = {}
         """Layer -> the window and chunk that its configuration declares, which is slow to ask."""
         self._handed_out: dict[int, Rows] = {}
         """Trial: what the cache handed out, not copied."""
@@ -133,8 +133,8 @@ class Spy:
         for name, child in layer.module.named_children():
             yield child, self._output(layer.index, f"_child_{name}"), False
 
-    def reach(self, layer: int) -> tuple[int | None, int | None]:
-        """Return the window and the chunk that a layer declares, in tokens; None where it has none."""
+    def reach(self, layer: int) -> Reach:
+        """Return the window and the chunk that a layer declares."""
         found = self._reach.get(layer)
         if found is None:
             attention = self.anatomy.layers[layer].attention
